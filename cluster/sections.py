@@ -1,0 +1,219 @@
+"""The sections of a run's configuration: every option, its default, and a sentence on it.
+
+A field is part of the *recipe* (it shapes the result, and may not change within a run) unless its
+type is marked `Execution` (where and how fast the same result is made).
+"""
+
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+
+T = TypeVar("T")
+EXECUTION = "execution"
+Execution = Annotated[T, EXECUTION]
+
+Share = Annotated[float, Field(ge=0, le=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Run(Section):
+    folder: Execution[str]
+    """Where this run keeps its files: a path, or a URL such as s3://bucket/run."""
+    store: Execution[str] = "store"
+    """Where samples are kept for every run to reuse: a path or a URL."""
+    seed: int = 0
+    """Seeds sampling, the drawing of pairs, and their order."""
+
+
+class Cluster(Section):
+    address: Execution[str | None] = None
+    """The Ray cluster: null starts one on this machine, "auto" joins the one around a job."""
+    accelerator: Execution[Literal["auto", "cpu", "gpu"]] = "auto"
+    """What models run on; auto takes GPUs where the cluster has any."""
+    logical_cpus: Execution[PositiveInt | None] = None
+    """Logical CPUs of the cluster that `address: null` starts; null means at least eight."""
+
+
+class Task(Section):
+    name: str
+    """A task of pipeline/tasks, such as word_problems or gsm8k."""
+    data: str | None = None
+    """A Hugging Face id or a local JSONL, JSON, CSV or Parquet file or folder; null is the task's own."""
+    train_prompts: PositiveInt | None = None
+    """How many prompts to distil on; null takes all."""
+    validation_prompts: PositiveInt | None = None
+    """How many validation prompts to choose the best epoch on; null takes all."""
+    test_prompts: PositiveInt | None = None
+    """How many test prompts to report on; null takes all."""
+    largest_operand: PositiveInt | None = None
+    """The difficulty of word_problems; null means 9. Other tasks refuse it."""
+
+
+class FewShot(Section):
+    question: str
+    """A problem as the task would state it, without the instruction."""
+    answer: str
+    """A worked answer that ends in \\boxed{}."""
+
+
+class Model(Section):
+    model: str
+    """A model folder, a URL of one, a Hugging Face id, or a name that `potstill models` prepares."""
+    chat_template: str | None = None
+    """A Jinja chat template, as text or as the path of a file; null takes the tokenizer's own."""
+    dtype: Dtype = "bfloat16"
+    """The dtype in which the model samples."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a trace, beside the model's own end-of-turn token."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model. Leave it off."""
+
+
+class Teacher(Model):
+    few_shot: tuple[FewShot, ...] = ()
+    """Worked examples shown to the teacher before each problem, never to the student."""
+
+
+class Sampling(Section):
+    samples: PositiveInt = 8
+    """K: traces sampled for each prompt."""
+    temperature: PositiveFloat = 0.8
+    """Softmax temperature of the sampling."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus sampling's share of probability; 1 keeps every token."""
+    max_new_tokens: PositiveInt = 512
+    """A trace that reaches this length is cut and gets no end-of-turn token."""
+    max_rouge_l: Share = 0.8
+    """A trace is kept if its ROUGE-L to every kept trace of its prompt is at most this."""
+    max_error_share: Execution[Share] = 0.01
+    """A sampling stage fails when more than this share of its requests failed."""
+
+
+class Engines(Section):
+    """The pool of vLLM engines that samples; Ray Serve scales it between the two sizes."""
+
+    min_engines: Execution[PositiveInt] = 1
+    """Engines started at once."""
+    max_engines: Execution[PositiveInt] = 1
+    """Engines at the most; more come while requests queue."""
+    engines_per_node: Execution[PositiveInt | None] = None
+    """Engines on one node at the most; null leaves it to the resources."""
+    tensor_parallel: Execution[PositiveInt] = 1
+    """GPUs (or CPU processes) that share one engine's model."""
+    cpus_per_engine: Execution[PositiveFloat] = 1
+    """Logical CPUs that an engine holds for each of its processes."""
+    cpu_threads: Execution[str | None] = None
+    """Cores that vLLM binds to on a CPU, such as "0-3"; null means all of the machine's."""
+    max_model_len: Execution[PositiveInt] = 2048
+    """Context of the engine in tokens: prompt and response."""
+    kv_cache_gib: Execution[PositiveFloat] = 2
+    """KV cache of an engine on a CPU."""
+    gpu_memory_share: Execution[Share] = 0.9
+    """Share of a GPU's memory that an engine takes."""
+    enforce_eager: Execution[bool] = False
+    """Skip compilation: a faster start, slower decoding."""
+    batch_rows: Execution[PositiveInt] = 64
+    """Samples that travel, and are stored, together."""
+    batches_in_flight: Execution[PositiveInt] = 4
+    """Batches sent to each engine at once, so that its decoding batch stays full."""
+    between_epochs: Execution[Literal["keep", "release"]] = "keep"
+    """Keep engines warm while the student trains, or release what they hold."""
+    start_timeout_s: Execution[PositiveFloat] = 900
+    """Give up, with a diagnosis, when engines are not ready after this."""
+
+
+class Pairs(Section):
+    phi: Share = 0.5
+    """The chance that a negative comes from the latest student and not from the base student."""
+    negatives: Literal["wrong", "wrong_or_unparsed"] = "wrong"
+    """Which of a student's traces may be negatives; an unparsed trace teaches format, not reasoning."""
+    positives_per_prompt: PositiveInt | None = None
+    """Teacher traces of a prompt to train on; null takes all K, 1 is single-CoT."""
+
+
+class Lora(Section):
+    rank: PositiveInt = 16
+    """Rank of the low-rank update of each linear layer."""
+    alpha: PositiveFloat = 32
+    """Scale of the update: alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout before the update."""
+
+
+class Training(Section):
+    method: Literal["orpo", "sft"] = "orpo"
+    """orpo contrasts right with wrong traces; sft learns from right traces alone."""
+    odds_ratio_weight: NonNegativeFloat = 1.0
+    """ORPO's lambda: the weight of the odds-ratio loss beside the NLL."""
+    odds_gradient_cap: PositiveFloat | None = None
+    """Cap on the gradient that one negative's odds may send back; null leaves it free."""
+    nll_scope: Literal["response", "full"] = "response"
+    """Tokens whose NLL is learned: the response alone, or the prompt as well."""
+    epochs: PositiveInt = 5
+    """Passes over the pairs; negatives are drawn anew before each."""
+    learning_rate: PositiveFloat = 5e-6
+    """Peak learning rate of AdamW."""
+    warmup_share: Share = 0.05
+    """Share of all steps in which the learning rate rises; a cosine to 0 follows."""
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    """AdamW's decay of its first and second moments."""
+    weight_decay: NonNegativeFloat = 0.0
+    """AdamW's weight decay."""
+    gradient_clip: PositiveFloat = 1.0
+    """Largest norm of a step's gradient."""
+    global_batch: PositiveInt = 32
+    """Pairs in one optimizer step, over all workers and micro-batches."""
+    max_length: PositiveInt = 1024
+    """Tokens of prompt and response; a longer trace is cut and counted."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Precision of weights and activations; the optimizer's copy and the loss are float32."""
+    lora: Lora | None = None
+    """Train low-rank updates instead of all parameters."""
+    micro_batch: Execution[PositiveInt] = 4
+    """Pairs that one worker takes through the model at once."""
+    workers: Execution[PositiveInt] = 1
+    """Ray Train workers: one a GPU."""
+    cpus_per_worker: Execution[PositiveFloat] = 1
+    """Logical CPUs that a worker holds."""
+    threads_per_worker: Execution[PositiveInt | None] = None
+    """Threads of a CPU worker; null shares the machine's cores among the workers."""
+    zero_stage: Execution[Literal[0, 1, 2, 3]] = 0
+    """DeepSpeed's ZeRO stage: what is sharded over the workers."""
+    offload: Execution[Literal["none", "optimizer", "parameters"]] = "none"
+    """What ZeRO moves to the host's memory; parameters includes the optimizer, at stage 3."""
+    gradient_checkpointing: Execution[bool] = False
+    """Recompute activations in the backward pass, for less memory and a third more time."""
+    resample_timeout_s: Execution[PositiveFloat] = 3600
+    """How long workers wait for the next epoch's pairs before they stop with a diagnosis."""
+
+
+class Serving(Section):
+    host: Execution[str] = "127.0.0.1"
+    """Address to listen on."""
+    port: Execution[Annotated[int, Field(ge=1, le=65535)]] = 8000
+    """Port of the OpenAI-style endpoint."""
+    resident: Execution[Literal["best", "all"]] = "best"
+    """Keep base and best student loaded and start the others on demand, or keep all."""
+    max_model_len: Execution[PositiveInt] = 2048
+    """Context of a served model in tokens."""
+    kv_cache_gib: Execution[PositiveFloat] = 1
+    """KV cache of a served model on a CPU."""
+    gpus_per_model: Execution[NonNegativeFloat] = 1
+    """GPUs of one replica of a model; a share lets several models live on one."""
+    start_timeout_s: Execution[PositiveFloat] = 900
+    """Give up, with a diagnosis, when the endpoint does not answer after this."""
+
+
+class Evaluation(Section):
+    max_new_tokens: PositiveInt | None = None
+    """Tokens of an evaluated answer; null takes sampling.max_new_tokens."""
+    concurrency: Execution[PositiveInt] = 32
+    """Requests under way at once."""
+    request_timeout_s: Execution[PositiveFloat] = 600
+    """How long one request may take before the client library tries again."""

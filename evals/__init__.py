@@ -1,0 +1,1 @@
+"""Accuracy through the served endpoint, its statistics, and the report."""

@@ -1,0 +1,1 @@
+"""The data plane: tasks, chat rendering, sampling, the sample store, diversity, pairs, resampling."""

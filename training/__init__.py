@@ -1,0 +1,1 @@
+"""Losses, response log-probabilities, batches, and the Ray Train worker around DeepSpeed."""
