@@ -91,8 +91,8 @@ def _refuse_other_recipe(old: RunConfig, new: RunConfig, folder: RunFolder) -> N
     ]
     if differences:
         raise BadInputError(
-            f"{folder.root} holds a run of another recipe: {'; '.join(differences)}. Set run.folder "
-            "to a new folder (the store is reused), or undo the change"
+            f"{folder.root} holds a run of another recipe: {'; '.join(differences)}. Set "
+            "run.folder to a new folder (the store is reused), or undo the change"
         )
 
 

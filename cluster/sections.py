@@ -19,10 +19,14 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 
 
 class Section(BaseModel):
+    """A group of options: frozen, and unknown keys are refused."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class Run(Section):
+    """The run itself."""
+
     folder: Execution[str]
     """Where this run keeps its files: a path, or a URL such as s3://bucket/run."""
     store: Execution[str] = "store"
@@ -32,6 +36,8 @@ class Run(Section):
 
 
 class Cluster(Section):
+    """The Ray cluster that the run works on."""
+
     address: Execution[str | None] = None
     """The Ray cluster: null starts one on this machine, "auto" joins the one around a job."""
     accelerator: Execution[Literal["auto", "cpu", "gpu"]] = "auto"
@@ -41,10 +47,12 @@ class Cluster(Section):
 
 
 class Task(Section):
+    """The problems to distil on, with known answers."""
+
     name: str
     """A task of pipeline/tasks, such as word_problems or gsm8k."""
     data: str | None = None
-    """A Hugging Face id or a local JSONL, JSON, CSV or Parquet file or folder; null is the task's own."""
+    """A Hugging Face id, or a JSONL, JSON, CSV or Parquet file or folder; null: the task's own."""
     train_prompts: PositiveInt | None = None
     """How many prompts to distil on; null takes all."""
     validation_prompts: PositiveInt | None = None
@@ -56,6 +64,8 @@ class Task(Section):
 
 
 class FewShot(Section):
+    """One worked example."""
+
     question: str
     """A problem as the task would state it, without the instruction."""
     answer: str
@@ -63,8 +73,10 @@ class FewShot(Section):
 
 
 class Model(Section):
+    """A model, and how it is talked to."""
+
     model: str
-    """A model folder, a URL of one, a Hugging Face id, or a name that `potstill models` prepares."""
+    """A model folder, its URL, a Hugging Face id, or a name that `potstill models` prepares."""
     chat_template: str | None = None
     """A Jinja chat template, as text or as the path of a file; null takes the tokenizer's own."""
     dtype: Dtype = "bfloat16"
@@ -76,11 +88,15 @@ class Model(Section):
 
 
 class Teacher(Model):
+    """The model whose right traces are learned."""
+
     few_shot: tuple[FewShot, ...] = ()
     """Worked examples shown to the teacher before each problem, never to the student."""
 
 
 class Sampling(Section):
+    """How traces are sampled from teacher and students."""
+
     samples: PositiveInt = 8
     """K: traces sampled for each prompt."""
     temperature: PositiveFloat = 0.8
@@ -129,15 +145,19 @@ class Engines(Section):
 
 
 class Pairs(Section):
+    """How positives are paired with negatives: the mixed policy."""
+
     phi: Share = 0.5
     """The chance that a negative comes from the latest student and not from the base student."""
     negatives: Literal["wrong", "wrong_or_unparsed"] = "wrong"
-    """Which of a student's traces may be negatives; an unparsed trace teaches format, not reasoning."""
+    """Which student traces may be negatives; an unparsed one teaches format, not reasoning."""
     positives_per_prompt: PositiveInt | None = None
     """Teacher traces of a prompt to train on; null takes all K, 1 is single-CoT."""
 
 
 class Lora(Section):
+    """Low-rank training by peft; checkpoints are merged, ordinary models."""
+
     rank: PositiveInt = 16
     """Rank of the low-rank update of each linear layer."""
     alpha: PositiveFloat = 32
@@ -147,6 +167,8 @@ class Lora(Section):
 
 
 class Training(Section):
+    """The loss, the schedule, and how DeepSpeed carries them out."""
+
     method: Literal["orpo", "sft"] = "orpo"
     """orpo contrasts right with wrong traces; sft learns from right traces alone."""
     odds_ratio_weight: NonNegativeFloat = 1.0
@@ -194,6 +216,8 @@ class Training(Section):
 
 
 class Serving(Section):
+    """The OpenAI-style endpoint."""
+
     host: Execution[str] = "127.0.0.1"
     """Address to listen on."""
     port: Execution[Annotated[int, Field(ge=1, le=65535)]] = 8000
@@ -211,6 +235,8 @@ class Serving(Section):
 
 
 class Evaluation(Section):
+    """Greedy evaluation through the endpoint."""
+
     max_new_tokens: PositiveInt | None = None
     """Tokens of an evaluated answer; null takes sampling.max_new_tokens."""
     concurrency: Execution[PositiveInt] = 32

@@ -6,10 +6,12 @@ marker lists each file's digest.
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 import uuid
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,6 +27,11 @@ def location(text: str) -> UPath:
     """A path or URL as one kind of object; relative paths become absolute."""
     path = UPath(text)
     return path if path.protocol else path.absolute()
+
+
+def cache_folder() -> Path:
+    """Where copies of remote files are kept: POTSTILL_CACHE, or ~/.cache/potstill."""
+    return Path(os.environ.get("POTSTILL_CACHE") or Path.home() / ".cache" / "potstill")
 
 
 def is_local(path: UPath) -> bool:
@@ -122,6 +129,11 @@ def write_json(path: UPath, value: object) -> None:
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     partial.write_text(text)
     partial.rename(path)
+
+
+def read_json(path: UPath) -> Any:
+    """The value of a JSON file."""
+    return json.loads(path.read_text())
 
 
 def write_table(table: pa.Table, path: UPath) -> None:

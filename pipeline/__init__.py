@@ -1,1 +1,1 @@
-"""The data plane: tasks, chat rendering, sampling, the sample store, diversity, pairs, resampling."""
+"""The data plane: tasks, chats, sampling, the sample store, diversity, pairs, resampling."""

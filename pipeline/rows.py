@@ -133,7 +133,8 @@ def from_table(row_type: type[Row], table: pa.Table) -> list[Row]:
     expected = SCHEMAS[row_type]
     if not table.schema.equals(expected):
         raise ValueError(
-            f"expected the columns of {row_type.__name__}, {expected.names}; got {table.schema.names}"
+            f"expected the columns of {row_type.__name__}, {expected.names}; "
+            f"got {table.schema.names}"
         )
     return [row_type(**row) for row in table.to_pylist()]
 

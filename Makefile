@@ -1,0 +1,46 @@
+# Everything that a person types here. Each target sets up what it needs.
+.PHONY: help quickstart cross-family test check format lock clean
+export PYTHON
+
+help:
+	@echo "make quickstart    install, then distil a small model on this machine (CPU)"
+	@echo "make cross-family  the same into a model of another family (Gemma licence)"
+	@echo "make test          every test that needs no GPU"
+	@echo "make check         ruff and mypy"
+	@echo "make format        let ruff rewrite the code"
+	@echo "make lock          resolve pyproject.toml into requirements/ (UPGRADE=--upgrade: newest)"
+	@echo "make clean         remove the environment and caches; runs and models stay"
+
+.venv/cpu.installed: requirements/cpu.txt requirements/install.sh pyproject.toml
+	@sh requirements/install.sh cpu
+
+.venv/%.installed: requirements/%.txt | .venv/cpu.installed
+	@sh requirements/install.sh $*
+
+quickstart: .venv/cpu.installed
+	@.venv/bin/potstill models prepare smollm2-135m-instruct
+	@.venv/bin/potstill run configs/quickstart.yaml
+
+cross-family: .venv/cpu.installed .venv/gemma.installed
+	@.venv/bin/potstill models prepare smollm2-135m-instruct
+	@.venv/bin/potstill models prepare gemma-3-270m
+	@.venv/bin/potstill run configs/cross_family.yaml
+
+test: .venv/cpu.installed .venv/gemma.installed .venv/dev.installed
+	@.venv/bin/pytest -m "not gpu" --durations=15
+
+check: .venv/cpu.installed .venv/dev.installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+format: .venv/cpu.installed .venv/dev.installed
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+lock: .venv/cpu.installed .venv/dev.installed
+	sh requirements/lock.sh $(UPGRADE)
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,220 @@
+"""What a user sees of long work: one bar with an ETA on a terminal, plain lines elsewhere.
+
+Work in another process of the cluster reports through a `Board`, a small Ray actor that the driver
+watches; the same `progress` and `say` serve both sides.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+_PLAIN_INTERVAL_S = 10.0
+_BOARD_INTERVAL_S = 0.5
+_board: Any = None
+
+
+@dataclass
+class _Screen:
+    """The user's screen, kept apart from the standard streams that third parties write to."""
+
+    stream: TextIO = field(default_factory=lambda: sys.stdout)
+
+    @property
+    def console(self) -> Console:
+        return Console(file=self.stream, highlight=False, soft_wrap=True)
+
+
+_screen = _Screen()
+
+
+def console() -> Console:
+    """The console that reaches the user."""
+    return _screen.console
+
+
+def hush(log_file: Path) -> None:
+    """From now on, let the process's standard streams go to `log_file`, and only ours to the user.
+
+    Done on the file descriptors, because C++ libraries and child processes write there.
+    """
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    _screen.stream = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+
+
+def say(text: str) -> None:
+    """Print one line to the user, from whichever process."""
+    if _board is not None:
+        _board.say.remote(text)
+    else:
+        console().print(text, markup=False)
+
+
+class Bar:
+    """The progress of one piece of work. Made by `progress`."""
+
+    def __init__(self, description: str, total: int, bars: Progress) -> None:
+        self._bars = bars
+        self._task: TaskID = bars.add_task(description, total=total, figures="")
+        self._last_line = time.monotonic()
+
+    def advance(self, count: int = 1, **figures: float) -> None:
+        """Count work done; figures such as loss=1.48 are shown beside the bar."""
+        self.reach(int(self._bars.tasks[self._task].completed) + count, **figures)
+
+    def reach(self, done: int, **figures: float) -> None:
+        """Set the count of work done."""
+        shown = "  ".join(
+            f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures.items()
+        )
+        self._bars.update(self._task, completed=done, figures=shown)
+        if not self._bars.live.is_started:
+            self._plain_line()
+
+    def _plain_line(self) -> None:
+        task = self._bars.tasks[self._task]
+        finished = task.completed >= (task.total or 0)
+        if not finished and time.monotonic() - self._last_line < _PLAIN_INTERVAL_S:
+            return
+        self._last_line = time.monotonic()
+        left = (
+            "" if finished or task.time_remaining is None else f"  eta {task.time_remaining:.0f} s"
+        )
+        share = f"{task.completed:.0f}/{task.total:.0f} ({task.percentage:.0f} %)"
+        say(f"{task.description}  {share}  {task.fields['figures']}{left}".rstrip())
+
+
+class BoardBar:
+    """A bar of a process that has no screen: it reports to the board."""
+
+    def __init__(self, description: str, total: int) -> None:
+        self._description, self._total, self._done, self._last = description, total, 0, 0.0
+
+    def advance(self, count: int = 1, **figures: float) -> None:
+        """Count work done."""
+        self.reach(self._done + count, **figures)
+
+    def reach(self, done: int, **figures: float) -> None:
+        """Set the count of work done; the board hears of it at most twice a second."""
+        self._done = done
+        now = time.monotonic()
+        if done >= self._total or now - self._last >= _BOARD_INTERVAL_S:
+            self._last = now
+            _board.update.remote(self._description, done, self._total, figures)
+
+
+@contextmanager
+def progress(description: str, total: int) -> Iterator[Bar | BoardBar]:
+    """Show work of `total` pieces: `with progress("grading", 120) as bar: bar.advance()`."""
+    if _board is not None:
+        yield BoardBar(description, total)
+        return
+    bars = _bars()
+    if not console().is_terminal:
+        yield Bar(description, total, bars)
+        return
+    with bars:
+        yield Bar(description, total, bars)
+
+
+def _bars() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        console=console(),
+        transient=False,
+    )
+
+
+class Board:
+    """Holds what remote work reports, until the driver shows it. A Ray actor of no CPUs."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._bars: dict[str, tuple[int, int, dict[str, float]]] = {}
+
+    def say(self, text: str) -> None:
+        """Keep a line for the driver."""
+        self._lines.append(text)
+
+    def update(self, description: str, done: int, total: int, figures: dict[str, float]) -> None:
+        """Keep the newest state of one piece of work."""
+        self._bars[description] = (done, total, figures)
+
+    def take(self) -> tuple[list[str], dict[str, tuple[int, int, dict[str, float]]]]:
+        """Give what came since the last call."""
+        taken = self._lines, self._bars
+        self._lines, self._bars = [], {}
+        return taken
+
+
+def attach(board: Any) -> None:
+    """Let this process report to `board`, an actor handle, instead of a screen."""
+    global _board
+    _board = board
+
+
+@contextmanager
+def watched_board() -> Iterator[Any]:
+    """Start a board, show what it hears until the block ends, and give its handle."""
+    import ray
+
+    board: Any = ray.remote(Board).options(num_cpus=0).remote()
+    stop = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(board, stop), daemon=True)
+    watcher.start()
+    try:
+        yield board
+    finally:
+        stop.set()
+        watcher.join(timeout=5)
+        ray.kill(board)
+
+
+def _watch(board: Any, stop: threading.Event) -> None:
+    import ray
+
+    bars = _bars()
+    shown: dict[str, Bar] = {}
+    live = console().is_terminal
+    if live:
+        bars.start()
+    while True:
+        last = stop.wait(_BOARD_INTERVAL_S)
+        lines, states = ray.get(board.take.remote())
+        for line in lines:
+            bars.console.print(line, markup=False) if live else say(line)
+        for description, (done, total, figures) in states.items():
+            if description not in shown:
+                shown[description] = Bar(description, total, bars)
+            shown[description].reach(done, **figures)
+        if last:
+            break
+    bars.stop()

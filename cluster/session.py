@@ -1,0 +1,107 @@
+"""The Ray session: a small cluster on this machine, or the one at an address."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cluster.config import RunConfig
+from cluster.errors import BadInputError
+
+# Read by processes that start later; a value that the user has set is left alone.
+_ENVIRONMENT = {
+    "DS_ACCELERATOR": "cpu",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+_LEAST_LOGICAL_CPUS = 8
+
+
+@contextmanager
+def ray_session(config: RunConfig) -> Iterator[None]:
+    """Start or join Ray for the length of the block.
+
+    CPUs of a cluster of our own are logical: on a small machine there are more of them than
+    cores, because Ray Serve's and Ray Train's actors each ask for one and wait for ever otherwise.
+    """
+    import ray
+
+    for name, value in _ENVIRONMENT.items():
+        if name != "DS_ACCELERATOR" or not _has_gpu():
+            os.environ.setdefault(name, value)
+    started_here = not ray.is_initialized()
+    if started_here:
+        _start(config)
+    try:
+        _check_accelerator(config)
+        yield
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+def _start(config: RunConfig) -> None:
+    import ray
+
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    runtime_env = {
+        "env_vars": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    }
+    try:
+        if address:
+            ray.init(address=address, runtime_env=runtime_env, logging_level=logging.ERROR)
+        else:
+            ray.init(
+                num_cpus=logical_cpus(config),
+                include_dashboard=False,
+                runtime_env=runtime_env,
+                logging_level=logging.ERROR,
+            )
+    except ConnectionError as error:
+        raise BadInputError(
+            f"no Ray cluster answers at cluster.address={address!r} ({error}): start one with "
+            "`ray start --head`, or set it to null to use this machine"
+        ) from None
+
+
+def start_serve(config: RunConfig) -> None:
+    """Start Ray Serve, once for a cluster, listening where `serving` says."""
+    from ray import serve
+
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options={"host": config.serving.host, "port": config.serving.port},
+    )
+
+
+def logical_cpus(config: RunConfig) -> int:
+    """CPUs that a cluster of our own offers."""
+    return config.cluster.logical_cpus or max(_LEAST_LOGICAL_CPUS, os.cpu_count() or 1)
+
+
+def uses_gpu(config: RunConfig) -> bool:
+    """Whether models run on GPUs; `auto` asks the running cluster."""
+    import ray
+
+    if config.cluster.accelerator == "auto":
+        return ray.cluster_resources().get("GPU", 0) > 0
+    return config.cluster.accelerator == "gpu"
+
+
+def _check_accelerator(config: RunConfig) -> None:
+    import ray
+
+    if config.cluster.accelerator == "gpu" and not ray.cluster_resources().get("GPU", 0):
+        raise BadInputError(
+            "cluster.accelerator=gpu, but the cluster has no GPU: add GPU nodes, or set it to cpu"
+        )
+
+
+def _has_gpu() -> bool:
+    return os.path.exists("/dev/nvidia0")

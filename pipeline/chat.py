@@ -1,0 +1,125 @@
+"""The only place where text becomes token ids: chat rendering of prompts and responses."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import BadInputError
+
+_PROBE_QUESTION, _PROBE_ANSWER = "Question?", "Answer"
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A tokenizer with its chat template."""
+
+    tokenizer: Any
+    template: str
+
+    def prompt_ids(self, user_message: str, few_shot: Sequence[tuple[str, str]] = ()) -> list[int]:
+        """Ids of the conversation up to where the model answers.
+
+        `few_shot` are (user message, answer) turns that come before.
+        """
+        messages = []
+        for question, answer in few_shot:
+            messages.append({"role": "user", "content": question})
+            messages.append({"role": "assistant", "content": answer})
+        messages.append({"role": "user", "content": user_message})
+        return self._ids(self._render(messages, add_generation_prompt=True))
+
+    def response_ids(self, text: str, finished: bool) -> list[int]:
+        """Ids of an answer, tokenised apart from its prompt so that no merge crosses the border.
+
+        A finished answer ends with the end-of-turn token; one cut by a length limit does not.
+        """
+        return self._ids(text) + ([self.end_of_turn_id] if finished else [])
+
+    @cached_property
+    def end_of_turn_id(self) -> int:
+        """The special token with which the template closes an assistant's turn."""
+        turns = [
+            {"role": "user", "content": _PROBE_QUESTION},
+            {"role": "assistant", "content": _PROBE_ANSWER},
+        ]
+        rendered = self._render(turns, add_generation_prompt=False)
+        closing = self._ids(rendered.rpartition(_PROBE_ANSWER)[2])
+        special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
+        for token in closing:
+            if token in special:
+                return token
+        raise BadInputError(
+            f"the chat template of {self.tokenizer.name_or_path} ends an assistant's turn with "
+            f"{rendered.rpartition(_PROBE_ANSWER)[2]!r}, expected an end-of-turn token there: add "
+            "{{ eos_token }} after the assistant's content"
+        )
+
+    @cached_property
+    def pad_id(self) -> int:
+        """A token to fill batches with; it is masked everywhere."""
+        pad = self.tokenizer.pad_token_id
+        return self.end_of_turn_id if pad is None else pad
+
+    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        return self.tokenizer.apply_chat_template(
+            messages,
+            chat_template=self.template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def load_chat(
+    model_folder: Path, chat_template: str | None = None, trust_remote_code: bool = False
+) -> Chat:
+    """The chat of a model folder; `chat_template` (text or path) comes before the tokenizer's own.
+
+    Raises BadInputError where there is no template at all.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder, trust_remote_code=trust_remote_code)
+    template = read_template(chat_template) or tokenizer.chat_template
+    if not template:
+        raise BadInputError(
+            f"{model_folder} has no chat template: set chat_template in its section, to the path "
+            "of a Jinja file"
+        )
+    return Chat(tokenizer, template)
+
+
+def read_template(chat_template: str | None) -> str | None:
+    """The text of a template that is given as text or as the path of a file."""
+    if chat_template is None or "{" in chat_template:
+        return chat_template
+    path = Path(chat_template)
+    if not path.is_file():
+        raise BadInputError(
+            f"chat_template={chat_template!r} is neither a Jinja text nor a file that exists"
+        )
+    return path.read_text(encoding="utf-8")
+
+
+def check_chat(chat: Chat, prompt_ids: Sequence[int], room: int, max_length: int) -> None:
+    """Refuse what would spoil training in silence.
+
+    `prompt_ids` is a rendered prompt, `room` the tokens that its answer needs. Raises
+    BadInputError for a doubled BOS, a missing end-of-turn token, a prompt too long to answer.
+    """
+    name = chat.tokenizer.name_or_path
+    bos = chat.tokenizer.bos_token_id
+    if len(prompt_ids) > 1 and prompt_ids[0] == prompt_ids[1] == bos:
+        raise BadInputError(f"the chat template of {name} writes BOS twice: remove one of them")
+    closed = chat.response_ids(_PROBE_ANSWER, finished=True)
+    if closed[-2:] == [chat.end_of_turn_id] * 2:
+        raise BadInputError(f"the tokenizer of {name} adds an EOS of its own: switch it off")
+    if len(prompt_ids) + room > max_length:
+        raise BadInputError(
+            f"a prompt of {len(prompt_ids)} tokens for {name} and {room} new tokens do not fit in "
+            f"a context of {max_length}: raise the context or lower the new tokens"
+        )

@@ -1,0 +1,250 @@
+"""A pool of warm vLLM engines, as a Ray Serve deployment that samples and reloads weights.
+
+Ray Serve keeps the pool between its two sizes, replaces an engine that died, and hands new weights
+to every engine of the pool (`user_config`), those included that start later.
+"""
+
+import os
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster import storage
+from cluster.config import RunConfig
+from cluster.errors import RunError
+from cluster.progress import say
+from cluster.sections import Dtype, Engines
+from cluster.session import start_serve
+
+APP_NAME = "potstill-sampler"
+_DEPLOYMENT = "SamplingEngine"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model that an engine can load: where it lies, what it is, and how to load it."""
+
+    folder: str  # path or URL of a Hugging Face folder
+    digest: str
+    architecture: str  # digest of what must be equal for weights to be reloaded in place
+    dtype: Dtype
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """One sample to draw."""
+
+    key: str
+    prompt_id: str
+    sample_index: int
+    prompt_ids: list[int]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How a model's samples are drawn, the same for all requests of a stage."""
+
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    end_of_turn_id: int
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What an engine answers to a request."""
+
+    text: str
+    finish_reason: str | None
+    tokens: int
+    error: str | None = None
+
+
+class SamplingEngine:
+    """One vLLM engine, a replica of the pool."""
+
+    def __init__(self, engines: Engines, on_gpu: bool) -> None:
+        self._engines, self._on_gpu = engines, on_gpu
+        self._engine: Any = None
+        self._digest = ""
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Load a model: at the start by building the engine, later by reloading its weights."""
+        weights = Weights(**user_config)
+        folder = storage.fetch_folder(storage.location(weights.folder), storage.cache_folder())
+        if self._engine is None:
+            self._engine = start_engine(folder, weights, self._engines, self._on_gpu)
+        elif weights.digest != self._digest:
+            await self._engine.collective_rpc(
+                "reload_weights", kwargs={"weights_path": str(folder)}
+            )
+            await self._engine.reset_prefix_cache()
+        self._digest = weights.digest
+
+    async def check_health(self) -> None:
+        """Let Ray Serve replace this replica once its engine is dead."""
+        if self._engine is not None:
+            await self._engine.check_health()
+
+    async def sample(
+        self, digest: str, requests: list[SampleRequest], decoding: Decoding
+    ) -> list[Completion]:
+        """Answer requests, in order. A request that vLLM refuses is answered with its error.
+
+        Raises RunError where another model is loaded than the one with this digest.
+        """
+        import asyncio
+
+        if digest != self._digest:
+            raise RunError(f"the engine holds model {self._digest}, asked for {digest}")
+        return await asyncio.gather(*(self._complete(request, decoding) for request in requests))
+
+    async def _complete(self, request: SampleRequest, decoding: Decoding) -> Completion:
+        from vllm import TokensPrompt
+        from vllm.exceptions import VLLMClientError
+        from vllm.v1.engine.exceptions import EngineGenerateError
+
+        prompt = TokensPrompt(prompt_token_ids=request.prompt_ids)
+        parameters = _sampling_params(decoding, request.seed)
+        try:
+            outputs = self._engine.generate(prompt, parameters, uuid.uuid4().hex)
+            final = [output async for output in outputs][-1]
+        except (ValueError, VLLMClientError, EngineGenerateError) as error:
+            return Completion("", None, 0, f"{type(error).__name__}: {error}")
+        best = final.outputs[0]
+        return Completion(best.text, best.finish_reason, len(best.token_ids))
+
+
+def _sampling_params(decoding: Decoding, seed: int) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=decoding.temperature,
+        top_p=decoding.top_p,
+        max_tokens=decoding.max_new_tokens,
+        seed=seed,
+        stop=list(decoding.stop) or None,
+        stop_token_ids=[decoding.end_of_turn_id],
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def start_engine(folder: Path, weights: Weights, engines: Engines, on_gpu: bool) -> Any:
+    """A vLLM engine in this process's care. Takes 20 to 40 s for a small model on a CPU."""
+    if not on_gpu:
+        threads = engines.cpu_threads or f"0-{(os.cpu_count() or 1) - 1}"
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = threads
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = f"{engines.kv_cache_gib:g}"
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    arguments = AsyncEngineArgs(
+        model=str(folder),
+        dtype=weights.dtype,
+        trust_remote_code=weights.trust_remote_code,
+        max_model_len=engines.max_model_len,
+        tensor_parallel_size=engines.tensor_parallel,
+        gpu_memory_utilization=engines.gpu_memory_share,
+        enforce_eager=engines.enforce_eager,
+        enable_prefix_caching=True,
+        disable_log_stats=True,
+    )
+    if not on_gpu:
+        # A per-request seed kills the CPU engine when chunked prefill splits a prompt.
+        arguments.enable_chunked_prefill = False
+        arguments.max_num_batched_tokens = max(8192, engines.max_model_len)
+    return AsyncLLM.from_engine_args(arguments)
+
+
+def ensure_engines(config: RunConfig, weights: Weights, on_gpu: bool) -> Any:
+    """A handle of the pool with `weights` loaded; an engine that can reload them is kept warm.
+
+    Raises RunError with a diagnosis where the pool is not ready in engines.start_timeout_s.
+    """
+    from ray import serve
+
+    start_serve(config)
+    name = f"{APP_NAME}-{weights.architecture[:12]}-{weights.dtype}"
+    for app in running_apps():
+        if app != name:
+            serve.delete(app)
+    if name not in running_apps():
+        say(f"starting {config.engines.min_engines} sampling engine(s)")
+    app = _deployment(config.engines, on_gpu, weights).bind(config.engines, on_gpu)
+    return _run_app(app, name, config, on_gpu)
+
+
+def _run_app(app: Any, name: str, config: RunConfig, on_gpu: bool) -> Any:
+    from ray import serve
+
+    engines = config.engines
+    # serve.run has no time limit of its own.
+    waiting = ThreadPoolExecutor(1).submit(serve.run, app, name=name, route_prefix=None)
+    try:
+        return waiting.result(timeout=engines.start_timeout_s)
+    except (TimeoutError, RuntimeError) as error:
+        raise RunError(_diagnosis(name, engines, on_gpu, error)) from None
+
+
+def _diagnosis(name: str, engines: Engines, on_gpu: bool, error: Exception) -> str:
+    import ray
+    from ray import serve
+
+    status = serve.status().applications[name]
+    messages = [deployment.message for deployment in status.deployments.values()]
+    return (
+        f"sampling engines are {status.status} after at most {engines.start_timeout_s:.0f} s: "
+        f"{' '.join([status.message, *messages, str(error)]).strip()} Asked for "
+        f"{engines.min_engines} x {_resources(engines, on_gpu)}; the cluster has "
+        f"{ray.cluster_resources()}, of which {ray.available_resources()} are free"
+    )
+
+
+def _deployment(engines: Engines, on_gpu: bool, weights: Weights) -> Any:
+    from ray import serve
+
+    per_node = (
+        {"max_replicas_per_node": engines.engines_per_node} if engines.engines_per_node else {}
+    )
+    return serve.deployment(
+        SamplingEngine,
+        name=_DEPLOYMENT,
+        user_config=asdict(weights),
+        ray_actor_options=_resources(engines, on_gpu),
+        max_ongoing_requests=2 * engines.batches_in_flight,
+        autoscaling_config={
+            "min_replicas": engines.min_engines,
+            "max_replicas": engines.max_engines,
+            "target_ongoing_requests": engines.batches_in_flight,
+        },
+        health_check_timeout_s=120,
+        graceful_shutdown_timeout_s=5,
+        **per_node,
+    )
+
+
+def _resources(engines: Engines, on_gpu: bool) -> dict[str, float]:
+    if on_gpu:
+        return {"num_cpus": 1, "num_gpus": engines.tensor_parallel}
+    return {"num_cpus": engines.cpus_per_engine * engines.tensor_parallel}
+
+
+def running_apps() -> list[str]:
+    """Names of the pools that run now."""
+    from ray import serve
+
+    return [name for name in serve.status().applications if name.startswith(APP_NAME)]
+
+
+def release_engines() -> None:
+    """Give back what the pools hold."""
+    from ray import serve
+
+    for name in running_apps():
+        serve.delete(name)

@@ -1,0 +1,145 @@
+"""The mixed-policy resampler: a Ray actor that makes each epoch's pairs from what the run holds.
+
+It keeps nothing but the run folder and the store, so a new one goes on where a killed one stopped.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from cluster import storage
+from cluster.config import RunConfig
+from cluster.errors import RunError
+from cluster.progress import attach, say
+from cluster.run_folder import RunFolder
+from cluster.session import uses_gpu
+from cluster.storage import fetch_folder, is_published, publish_folder, staging_folder, write_table
+from pipeline.engine import release_engines
+from pipeline.grading import NEGATIVES, POSITIVE, describe_traces, grade_samples
+from pipeline.models import resolve_model
+from pipeline.pairs import Pools, count_pairs, draw_pairs, draws_from_latest, pool
+from pipeline.rows import Pair, Prompt, Trace, from_table, to_table
+from pipeline.sampling import Writer, make_writer, sample
+from pipeline.store import SampleStore
+from pipeline.tasks import load_prompts, user_message
+
+COUNTS_FILE = "counts.json"
+
+
+class MixedPolicyResampler:
+    """Samples the teacher and the student as pairs ask for them, and draws the pairs."""
+
+    def __init__(self, run: RunFolder, config: RunConfig, board: Any = None) -> None:
+        attach(board)
+        self._run, self._config = run, config
+        self._on_gpu = uses_gpu(config)
+        self._store = SampleStore(storage.location(config.run.store))
+        self._prompts: list[Prompt] = load_prompts(config.task, "train", config.run.seed)
+
+    def prepare_epoch(self, epoch: int) -> dict[str, int]:
+        """Publish the pairs of `epoch` (1, 2, ...) unless they are there; give their counts.
+
+        Needs the checkpoint of the epoch before where the pairs draw from its student.
+        """
+        folder = self._run.pairs(epoch)
+        if not is_published(folder):
+            pairs = self._draw_pairs(epoch)
+            counts = count_pairs(pairs, len(self._prompts))
+            self._publish(epoch, pairs, counts)
+            self._run.record(stage="pairs", epoch=epoch, **counts)
+            say(
+                f"epoch {epoch}: "
+                + ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items())
+            )
+        if self._config.engines.between_epochs == "release":
+            release_engines()
+        return storage.read_json(folder / COUNTS_FILE)
+
+    def release(self) -> None:
+        """Give back the engines."""
+        release_engines()
+
+    def _draw_pairs(self, epoch: int) -> list[Pair]:
+        positives = pool(self.traces("teacher"))
+        if not positives:
+            raise RunError(
+                f"the teacher has no right trace on any of {len(self._prompts)} prompts, so there "
+                "is nothing to learn: look at completions/teacher.parquet; a stronger teacher, "
+                "worked examples (teacher.few_shot) or easier prompts help"
+            )
+        phi = self._config.pairs.phi
+        contrasts = self._config.training.method == "orpo"
+        latest = contrasts and draws_from_latest(epoch, phi)
+        # phi = 1 asks for the latest student alone, so N_0 is not touched after the first epoch.
+        base = contrasts and not (latest and phi == 1)
+        pools = Pools(
+            positives=positives,
+            base=pool(self.traces(student_name(0))) if base else {},
+            latest=pool(self.traces(student_name(epoch - 1))) if latest else {},
+        )
+        messages = {prompt.prompt_id: user_message(prompt) for prompt in self._prompts}
+        return draw_pairs(
+            messages,
+            pools,
+            epoch,
+            phi,
+            self._config.run.seed,
+            self._config.pairs.positives_per_prompt,
+        )
+
+    def traces(self, name: str) -> list[Trace]:
+        """The graded traces of "teacher" or "student_NNN", sampled now if the run has none."""
+        path = self._run.completions(name)
+        if not path.exists():
+            self._sample(name)
+        return from_table(Trace, storage.read_table(path))
+
+    def _sample(self, name: str) -> None:
+        epoch = 0 if name == "teacher" else int(name.rpartition("_")[2])
+        usable = POSITIVE if name == "teacher" else NEGATIVES[self._config.pairs.negatives]
+        samples = sample(
+            self._writer(name, epoch), self._prompts, self._config, self._store, self._on_gpu
+        )
+        traces = grade_samples(
+            samples, self._prompts, epoch, usable, self._config.sampling.max_rouge_l
+        )
+        figures = describe_traces(traces)
+        storage.write_table(to_table(Trace, traces), self._run.completions(name))
+        self._run.record(stage="sample", model=name, epoch=epoch, **figures)
+        say(
+            f"{name}: {figures['traces']:.0f} traces, {figures['right']:.1%} right, "
+            f"{figures['wrong']:.1%} wrong, {figures['unparsed']:.1%} unparsed, "
+            f"{figures['kept']:.0f} kept, {figures['errors']:.0f} errors"
+        )
+
+    def _writer(self, name: str, epoch: int) -> Writer:
+        kind = self._prompts[0].kind
+        if name == "teacher":
+            section = self._config.teacher
+            return make_writer(name, resolve_model(section.model), section, self._config, kind)
+        student = self._config.student
+        folder = (
+            fetch_folder(self._run.checkpoint(epoch), storage.cache_folder())
+            if epoch
+            else resolve_model(student.model)
+        )
+        return make_writer(name, Path(folder), student, self._config, kind)
+
+    def _publish(self, epoch: int, pairs: list[Pair], counts: dict[str, int]) -> None:
+        folder = self._run.pairs(epoch)
+        staging = staging_folder(folder)
+        write_table(to_table(Pair, pairs), storage.location(str(staging / "pairs.parquet")))
+        storage.write_json(storage.location(str(staging / COUNTS_FILE)), counts)
+        publish_folder(staging, folder)
+
+
+def student_name(epoch: int) -> str:
+    """The name of a student's traces in completions/; epoch 0 is the base student."""
+    return f"student_{epoch:03d}"
+
+
+def start_resampler(run: RunFolder, config: RunConfig, board: Any) -> Any:
+    """The resampler as an actor of no CPUs, restarted where it dies."""
+    import ray
+
+    actor = ray.remote(MixedPolicyResampler)
+    return actor.options(num_cpus=0, max_restarts=-1, max_task_retries=3).remote(run, config, board)

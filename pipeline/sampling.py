@@ -1,0 +1,216 @@
+"""Sampling as an anti-join: ask the store what is there, and sample only the rest."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from cluster.config import RunConfig
+from cluster.errors import RunError
+from cluster.progress import progress, say
+from cluster.sections import Model
+from cluster.storage import digest_file, digest_text
+from pipeline.chat import Chat, load_chat
+from pipeline.engine import Completion, Decoding, SampleRequest, Weights, ensure_engines
+from pipeline.models import model_digest
+from pipeline.rows import Prompt, Sample
+from pipeline.store import SampleStore
+from pipeline.tasks import instruct, user_message
+
+_REQUEST_TRIES = 5
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A model that writes traces, with its manner of being asked."""
+
+    name: str  # for the user: "teacher", "student after epoch 2"
+    weights: Weights
+    chat: Chat
+    decoding: Decoding
+    few_shot: tuple[tuple[str, str], ...] = ()
+
+
+def make_writer(name: str, folder: Path, section: Model, config: RunConfig, kind: Any) -> Writer:
+    """The writer that a model folder and its section of the configuration make."""
+    chat = load_chat(folder, section.chat_template, section.trust_remote_code)
+    examples = getattr(section, "few_shot", ())
+    sampling = config.sampling
+    return Writer(
+        name=name,
+        weights=Weights(
+            folder=str(folder),
+            digest=model_digest(folder),
+            architecture=digest_file(folder / "config.json"),
+            dtype=section.dtype,
+            trust_remote_code=section.trust_remote_code,
+        ),
+        chat=chat,
+        decoding=Decoding(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_new_tokens=sampling.max_new_tokens,
+            end_of_turn_id=chat.end_of_turn_id,
+            stop=section.stop,
+        ),
+        few_shot=tuple((instruct(shot.question, kind), shot.answer) for shot in examples),
+    )
+
+
+def plan_requests(
+    writer: Writer, prompts: Sequence[Prompt], samples: int, seed: int
+) -> list[SampleRequest]:
+    """All samples that a stage wants, `samples` a prompt, each with its key and its own seed.
+
+    K is not in the key, so that a larger K samples only what is missing.
+    """
+    manner = repr((writer.weights.digest, writer.weights.dtype, writer.decoding))
+    requests = []
+    for prompt in prompts:
+        ids = writer.chat.prompt_ids(user_message(prompt), writer.few_shot)
+        rendered = digest_text(manner, writer.chat.template, repr(ids))
+        for index in range(samples):
+            key = digest_text(rendered, str(index), str(seed))
+            requests.append(
+                SampleRequest(key, prompt.prompt_id, index, ids, seed=int(key[:7], base=16))
+            )
+    return requests
+
+
+def sample(
+    writer: Writer,
+    prompts: Sequence[Prompt],
+    config: RunConfig,
+    store: SampleStore,
+    on_gpu: bool,
+) -> list[Sample]:
+    """K samples of each prompt: those of the store, and new ones of the engines for the rest.
+
+    A request that fails is a row with its error; it is not stored, so a later run tries it again.
+    Raises RunError past sampling.max_error_share.
+    """
+    requests = plan_requests(writer, prompts, config.sampling.samples, config.run.seed)
+    stored = store.keys(writer.weights.digest)
+    missing = [request for request in requests if request.key not in stored]
+    room = config.engines.max_model_len - writer.decoding.max_new_tokens
+    too_long = [
+        _refusal(request, writer, room) for request in missing if len(request.prompt_ids) > room
+    ]
+    missing = [request for request in missing if len(request.prompt_ids) <= room]
+    if len(missing) < len(requests):
+        say(f"{writer.name}: {len(requests) - len(missing)} of {len(requests)} samples reused")
+    failed = list(_draw(writer, missing, config, store, on_gpu)) if missing else []
+    errors = too_long + failed
+    _check_error_share(writer, errors, len(requests), config.sampling.max_error_share)
+    found = store.read(writer.weights.digest, {request.key for request in requests})
+    return [*found.values(), *errors]
+
+
+def _refusal(request: SampleRequest, writer: Writer, room: int) -> Sample:
+    message = (
+        f"a prompt of {len(request.prompt_ids)} tokens, where the context leaves room for {room}"
+    )
+    return _row(request, writer.weights.digest, Completion("", None, 0, message))
+
+
+def _row(request: SampleRequest, model: str, completion: Completion) -> Sample:
+    return Sample(
+        key=request.key,
+        prompt_id=request.prompt_id,
+        sample_index=request.sample_index,
+        model=model,
+        **vars(completion),
+    )
+
+
+def _check_error_share(
+    writer: Writer, errors: Sequence[Sample], total: int, max_error_share: float
+) -> None:
+    if len(errors) <= max_error_share * total:
+        return
+    raise RunError(
+        f"{writer.name}: {len(errors)} of {total} samples failed, more than "
+        f"sampling.max_error_share={max_error_share:g} allows. The first: {errors[0].error}. "
+        "What was sampled is kept; run again to try the rest"
+    )
+
+
+def _draw(
+    writer: Writer,
+    requests: Sequence[SampleRequest],
+    config: RunConfig,
+    store: SampleStore,
+    on_gpu: bool,
+) -> Iterator[Sample]:
+    """Fan requests over the engines by Ray Data; what succeeds is stored, what fails comes back."""
+    import ray
+
+    handle = ensure_engines(config, writer.weights, on_gpu)
+    engines = config.engines
+    blocks = [
+        pa.Table.from_pylist(
+            [asdict(request) for request in requests[start : start + engines.batch_rows]]
+        )
+        for start in range(0, len(requests), engines.batch_rows)
+    ]
+    drawn: Any = ray.data.from_arrow(blocks).map_batches(
+        AskEngines,
+        fn_constructor_args=(handle, writer.weights.digest, writer.decoding, store),
+        batch_size=engines.batch_rows,
+        batch_format="pyarrow",
+        num_cpus=0,
+        compute=ray.data.ActorPoolStrategy(
+            min_size=engines.min_engines,
+            max_size=engines.max_engines,
+            max_concurrent_calls_per_actor=engines.batches_in_flight,
+            max_tasks_in_flight_per_actor=engines.batches_in_flight,
+            enable_true_multi_threading=True,
+        ),
+    )
+    with progress(f"sampling {writer.name}", len(requests)) as bar:
+        for batch in drawn.iter_batches(batch_size=None, batch_format="pyarrow"):
+            bar.advance(len(batch))
+            for row in batch.to_pylist():
+                if row["error"] is not None:
+                    yield Sample(**row)
+
+
+class AskEngines:
+    """Ray Data's side of the pool: sends a batch of requests to an engine and stores the answers.
+
+    In: the columns of SampleRequest. Out: the columns of Sample, the text of failed rows alone.
+    """
+
+    def __init__(self, handle: Any, digest: str, decoding: Decoding, store: SampleStore) -> None:
+        self._handle, self._digest = handle, digest
+        self._decoding, self._store = decoding, store
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Answer one batch."""
+        from pipeline.rows import to_table
+
+        requests = [SampleRequest(**row) for row in batch.to_pylist()]
+        completions = self._ask(requests)
+        rows = [
+            _row(request, self._digest, completion)
+            for request, completion in zip(requests, completions, strict=True)
+        ]
+        self._store.write(row for row in rows if row.error is None)
+        return to_table(Sample, [Sample(**{**vars(row), "text": ""}) for row in rows])
+
+    def _ask(self, requests: list[SampleRequest]) -> list[Completion]:
+        from ray.exceptions import RayActorError
+        from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+
+        # An engine that dies takes the batch with it; Ray Serve brings up another one.
+        tries = Retrying(
+            retry=retry_if_exception_type(RayActorError),
+            stop=stop_after_attempt(_REQUEST_TRIES),
+            wait=wait_exponential(max=30),
+            reraise=True,
+        )
+        return tries(
+            lambda: self._handle.sample.remote(self._digest, requests, self._decoding).result()
+        )

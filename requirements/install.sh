@@ -1,0 +1,72 @@
+#!/bin/sh
+# Installs locks and Potstill itself into .venv, which it makes if need be:
+#     sh requirements/install.sh cpu dev
+# Locks are complete lists, so nothing is resolved here (--no-deps). PYTHON chooses the interpreter.
+set -eu
+cd "$(dirname "$0")/.."
+torch_index=https://download.pytorch.org/whl/cpu
+log=.venv/install.log
+
+find_python() {
+    for candidate in ${PYTHON:-python3.11 python3}; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "Potstill needs Python 3.11, and ${PYTHON:-python3.11 or python3} is not it:" \
+        "install Python 3.11, or run: make PYTHON=/path/to/python3.11" >&2
+    return 1
+}
+
+# Runs a command with its output in the log, and says every 15 s that it is still at work.
+quietly() {
+    what=$1
+    shift
+    begin=$(date +%s)
+    "$@" >>"$log" 2>&1 </dev/null &
+    pid=$!
+    trap 'kill "$pid" 2>/dev/null; exit 130' INT TERM
+    ticks=0
+    while kill -0 "$pid" 2>/dev/null; do
+        sleep 1
+        ticks=$((ticks + 1))
+        [ $((ticks % 15)) -ne 0 ] || echo "  $what ... $(($(date +%s) - begin)) s"
+    done
+    trap - INT TERM
+    wait "$pid" || return 1
+    echo "  $what: done in $(($(date +%s) - begin)) s"
+}
+
+pip_install() {
+    .venv/bin/python -m pip install --no-input --disable-pip-version-check --no-deps "$@"
+}
+
+# PyTorch's CPU builds are on PyTorch's own index; a machine may have them nearer.
+torch_install() {
+    pip_install "$1" || pip_install --index-url "$torch_index" "$1"
+}
+
+fail() {
+    tail -n 20 "$log" >&2
+    echo "$1 could not be installed: see above, and $log" >&2
+    exit 1
+}
+
+if [ ! -x .venv/bin/python ]; then
+    python=$(find_python)
+    "$python" -m venv .venv
+fi
+echo "Installing into .venv (the first time: 3 to 10 minutes, 4 GB)"
+for name in "$@"; do
+    lock=requirements/$name.txt
+    torch=$(grep '^torch==.*+cpu$' "$lock" || true)
+    if [ -n "$torch" ]; then
+        quietly "$torch" torch_install "$torch" || fail "$torch"
+    fi
+    quietly "$lock" pip_install -r "$lock" || fail "$lock"
+done
+quietly potstill pip_install --no-build-isolation -e . || fail potstill
+for name in "$@"; do
+    touch ".venv/$name.installed"
+done

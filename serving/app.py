@@ -1,0 +1,187 @@
+"""The Ray Serve application: one OpenAI-style endpoint over the engines of ray.serve.llm."""
+
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.config import RunConfig
+from cluster.errors import BadInputError
+from cluster.session import start_serve, uses_gpu
+from serving.models import Engine, ServedModel, engines_of, routes_of
+from serving.readiness import APP_NAME, wait_until_answering, wait_until_running
+
+_GIB = 1 << 30
+# Engines take a share of a logical CPU: they are many, idle in turn, and share the cores anyhow.
+_CPU_SHARE = 0.2
+_GPU_MEMORY_SHARE = 0.9
+_WINDOW_S = 10.0  # over which Ray Serve counts requests before it stops an idle engine
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A running endpoint; `url` ends with /v1, as the openai client wants it."""
+
+    url: str
+    models: tuple[ServedModel, ...]
+    start_timeout_s: float
+
+    def warm(self, model_id: str) -> None:
+        """Return once `model_id` answers, which starts its engine where it is on demand.
+
+        Raises RunError with a diagnosis where the engine fails, or takes over start_timeout_s.
+        """
+        engine = engines_of(list(self.models))[model_id]
+        wait_until_answering(self.url, model_id, engine, self.start_timeout_s)
+
+
+def start_serving(
+    models: list[ServedModel], config: RunConfig, idle_s: float = 300
+) -> Endpoint:
+    """Serve `models` on config.serving's host and port, and return once the residents answer.
+
+    Needs a running Ray. An engine on demand stops `idle_s` after its last request. Raises
+    BadInputError for a port in use, RunError with a diagnosis where an engine does not start.
+    """
+    from ray import serve
+
+    _start_http(config)
+    engines = list({engine.engine_id: engine for engine in engines_of(models).values()}.values())
+    target = serve.RunTarget(_application(models, engines, config, idle_s), APP_NAME, "/")
+    serve.run_many(
+        [target],
+        wait_for_ingress_deployment_creation=False,
+        wait_for_applications_running=False,
+    )
+    wait_until_running(engines, config.serving.start_timeout_s)
+    return Endpoint(_url(config), tuple(models), config.serving.start_timeout_s)
+
+
+def stop_serving() -> None:
+    """Take the endpoint down and wait until its engines have given back what they held."""
+    from ray import serve
+
+    if APP_NAME in serve.status().applications:
+        serve.delete(APP_NAME)
+
+
+def _url(config: RunConfig) -> str:
+    host = config.serving.host
+    reachable = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    return f"http://{reachable}:{config.serving.port}/v1"
+
+
+def _start_http(config: RunConfig) -> None:
+    from ray import serve
+
+    if not serve.status().proxies:
+        _refuse_taken_port(config.serving.host, config.serving.port)
+    start_serve(config)
+
+
+def _refuse_taken_port(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise BadInputError(
+                f"serving.host={host}, port={port} cannot be listened on ({error.strerror}): stop "
+                "what uses it, or set serving.port to a free one"
+            ) from None
+
+
+def _application(
+    models: list[ServedModel], engines: list[Engine], config: RunConfig, idle_s: float
+) -> Any:
+    from ray import serve
+    from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
+    from ray.serve.llm import LLMConfig, build_llm_deployment
+
+    from serving.ingress import ingress_class
+
+    configs = {
+        engine.engine_id: LLMConfig(**_engine_options(engine, config, idle_s)) for engine in engines
+    }
+    deployments = {name: build_llm_deployment(configs[name]) for name in configs}
+    routes = routes_of(models)
+    return serve.deployment(
+        ingress_class(),
+        name="Ingress",
+        num_replicas=1,
+        max_ongoing_requests=100_000,
+        ray_actor_options={"num_cpus": 0},
+    ).bind(
+        routes=routes,
+        llm_deployments={name: deployments[route.engine] for name, route in routes.items()},
+        model_cards={
+            name: to_model_metadata(name, configs[route.engine]) for name, route in routes.items()
+        },
+    )
+
+
+def _engine_options(engine: Engine, config: RunConfig, idle_s: float) -> dict[str, Any]:
+    on_gpu = uses_gpu(config)
+    hardware = _on_gpu(config) if on_gpu else _on_cpu(config)
+    model = engine.model
+    arguments = {
+        "dtype": model.dtype,
+        "max_model_len": config.serving.max_model_len,
+        "trust_remote_code": model.trust_remote_code,
+        **hardware.pop("engine_kwargs"),
+    }
+    if model.chat_template is not None:
+        arguments["chat_template"] = model.chat_template
+    return {
+        "model_loading_config": {"model_id": engine.engine_id, "model_source": model.folder},
+        "engine_kwargs": arguments,
+        "deployment_config": _deployment(engine.resident, idle_s),
+        **hardware,
+    }
+
+
+def _deployment(resident: bool, idle_s: float) -> dict[str, Any]:
+    return {
+        "autoscaling_config": {
+            "min_replicas": 1 if resident else 0,
+            "max_replicas": 1,
+            "downscale_delay_s": idle_s,
+            "look_back_period_s": _WINDOW_S,
+            "metrics_interval_s": _WINDOW_S / 5,
+        },
+        "ray_actor_options": {"num_cpus": 0},
+        # Cores that several engines share answer a health check late without being ill.
+        "health_check_period_s": 30,
+        "health_check_timeout_s": 120,
+        "graceful_shutdown_timeout_s": 5,
+    }
+
+
+def _on_cpu(config: RunConfig) -> dict[str, Any]:
+    threads = config.engines.cpu_threads
+    # "auto" leaves a core to the scheduler unless told to reserve none.
+    binding = {"VLLM_CPU_OMP_THREADS_BIND": threads or "auto", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
+    return {
+        "engine_kwargs": {
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": int(config.serving.kv_cache_gib * _GIB),
+        },
+        "runtime_env": {"env_vars": binding},
+        "placement_group_config": {"bundles": [{"CPU": _CPU_SHARE}]},
+    }
+
+
+def _on_gpu(config: RunConfig) -> dict[str, Any]:
+    gpus = config.serving.gpus_per_model
+    if gpus > 1 and not gpus.is_integer() or gpus == 0:
+        raise BadInputError(
+            f"serving.gpus_per_model={gpus:g}, expected a share below 1 or a whole number: a model "
+            "lies on a part of one GPU, or on several whole ones"
+        )
+    return {
+        "engine_kwargs": {
+            "gpu_memory_utilization": _GPU_MEMORY_SHARE * min(gpus, 1),
+            "tensor_parallel_size": max(1, int(gpus)),
+        },
+        "placement_group_config": {"bundle_per_worker": {"GPU": min(gpus, 1), "CPU": _CPU_SHARE}},
+    }

@@ -1,0 +1,81 @@
+"""The Ray Serve ingress: the OpenAI routes of ray.serve.llm, with Potstill's model ids.
+
+Imported only where an endpoint starts: ray.serve.llm pulls vLLM in.
+"""
+
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+
+# Ray's own example of an ingress takes these from the same private modules.
+from ray.llm._internal.serve.core.ingress.middleware import (
+    SetRequestIdMiddleware,
+    add_exception_handling_middleware,
+)
+from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
+from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
+from starlette.responses import Response, StreamingResponse
+
+from serving.routes import Route, renamed, stop_strings, with_few_shot
+
+_ENDPOINTS = {
+    "models": lambda app: app.get("/v1/models"),
+    "model_data": lambda app: app.get("/v1/models/{model:path}"),
+    "completions": lambda app: app.post("/v1/completions"),
+    "chat": lambda app: app.post("/v1/chat/completions"),
+}
+
+
+class Ingress(OpenAiIngress):
+    """Several model ids on few engines: rewrites the id, adds few-shot turns and stop strings."""
+
+    def __init__(self, *, routes: Mapping[str, Route], **options: Any) -> None:
+        super().__init__(**options)
+        self._routes = dict(routes)
+
+    async def chat(self, body: ChatCompletionRequest, request: Request) -> Response:
+        """Answer a conversation."""
+        route = self._routes.get(body.model or "")
+        if route is None:
+            return await super().chat(body, request)  # which answers 404, or 400 without an id
+        body.messages = with_few_shot(body.messages, route.few_shot)
+        body.stop = stop_strings(body.stop, route)
+        asked, body.model = body.model, route.engine
+        return _rename(await super().chat(body, request), route.engine, asked)
+
+    async def completions(self, body: CompletionRequest, request: Request) -> Response:
+        """Continue a raw text; a chat's worked examples have no place in it."""
+        route = self._routes.get(body.model or "")
+        if route is None:
+            return await super().completions(body, request)
+        body.stop = stop_strings(body.stop, route)
+        asked, body.model = body.model, route.engine
+        return _rename(await super().completions(body, request), route.engine, asked)
+
+
+def _rename(response: Response, engine: str, asked: str | None) -> Response:
+    if asked is None or asked == engine:
+        return response
+    if isinstance(response, StreamingResponse):
+        response.body_iterator = _rename_stream(response.body_iterator, engine, asked)
+        return response
+    text = renamed(bytes(response.body).decode(), engine, asked)
+    return Response(text, status_code=response.status_code, media_type="application/json")
+
+
+async def _rename_stream(pieces: AsyncIterator[Any], engine: str, asked: str) -> AsyncIterator[str]:
+    async for piece in pieces:
+        text = piece if isinstance(piece, str) else bytes(piece).decode()
+        yield renamed(text, engine, asked)
+
+
+def ingress_class() -> type:
+    """The ingress with its routes, on an app without ray.serve.llm's CORS.
+
+    The default app lets every web page call it with the visitor's credentials.
+    """
+    app = FastAPI(title="Potstill")
+    add_exception_handling_middleware(app)
+    app.add_middleware(SetRequestIdMiddleware)
+    return make_fastapi_ingress(Ingress, endpoint_map=_ENDPOINTS, app=app)

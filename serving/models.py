@@ -1,0 +1,147 @@
+"""Which models of a run are served, under which ids, and which epoch's student is the best."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cluster import storage
+from cluster.config import RunConfig
+from cluster.run_folder import RunFolder
+from cluster.sections import Model
+from pipeline.chat import read_template
+from serving.routes import Route
+
+BASE, TEACHER, STUDENT = "base", "teacher", "student"
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """One model id of the endpoint. Ids hold no ":", which ray.serve.llm reads as a LoRA's."""
+
+    model_id: str
+    folder: str  # path or URL of a Hugging Face folder
+    dtype: str = "bfloat16"
+    chat_template: str | None = None  # Jinja text; None is the folder's own
+    trust_remote_code: bool = False
+    few_shot: tuple[tuple[str, str], ...] = ()  # (user message, answer) turns before the caller's
+    stop: tuple[str, ...] = ()
+    resident: bool = True  # False: started by its first request, stopped when idle
+
+    @property
+    def engine_key(self) -> tuple[str, str, str | None, bool]:
+        """What two ids must have in common to share an engine."""
+        return self.folder, self.dtype, self.chat_template, self.trust_remote_code
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One engine, named after the first id that it answers for."""
+
+    engine_id: str
+    model: ServedModel
+    resident: bool
+
+
+def student_id(epoch: int) -> str:
+    """The model id of the student after an epoch."""
+    return f"student-epoch-{epoch}"
+
+
+def evaluation_name(model_id: str, split: str) -> str:
+    """The name of a result in the run folder's evals/."""
+    return f"{model_id}_{split}"
+
+
+def engines_of(models: list[ServedModel]) -> dict[str, Engine]:
+    """Model id -> its engine; ids of equal weights, dtype and template share one."""
+    by_key: dict[tuple[str, str, str | None, bool], Engine] = {}
+    for model in models:
+        first = by_key.get(model.engine_key)
+        if first is None:
+            by_key[model.engine_key] = Engine(model.model_id, model, model.resident)
+        elif model.resident:
+            by_key[model.engine_key] = replace(first, resident=True)
+    return {model.model_id: by_key[model.engine_key] for model in models}
+
+
+def routes_of(models: list[ServedModel]) -> dict[str, Route]:
+    """Model id -> what the ingress does with its requests."""
+    engines = engines_of(models)
+    return {
+        model.model_id: Route(engines[model.model_id].engine_id, model.few_shot, model.stop)
+        for model in models
+    }
+
+
+def published_epochs(run: RunFolder, config: RunConfig) -> list[int]:
+    """Epochs whose checkpoint is in the run folder."""
+    epochs = range(1, config.training.epochs + 1)
+    return [epoch for epoch in epochs if storage.is_published(run.checkpoint(epoch))]
+
+
+def best_epoch(run: RunFolder, epochs: list[int]) -> int | None:
+    """The epoch with the highest validation accuracy, the earlier of equals.
+
+    The last of `epochs` where not every one was evaluated on validation; None where there is none.
+    """
+    accuracies = {}
+    for epoch in epochs:
+        result = run.evaluation(evaluation_name(student_id(epoch), "validation"))
+        if result.exists():
+            accuracies[epoch] = json.loads(result.read_text())["accuracy"]
+    if len(accuracies) < len(epochs):
+        return epochs[-1]
+    return max(accuracies, key=lambda epoch: (accuracies[epoch], -epoch), default=None)
+
+
+def served_models(run: RunFolder, config: RunConfig) -> list[ServedModel]:
+    """Base, teacher, the student after each published epoch, and "student", the best of them.
+
+    With serving.resident="best", only base and best student are resident.
+    """
+    everything = config.serving.resident == "all"
+    base = _from_section(BASE, config.student, resident=True)
+    few_shot = few_shot_turns(config)
+    teacher = _from_section(TEACHER, config.teacher, resident=everything)
+    models = [base, replace(teacher, few_shot=few_shot)]
+    epochs = published_epochs(run, config)
+    students = {
+        epoch: replace(
+            base,
+            model_id=student_id(epoch),
+            folder=str(run.checkpoint(epoch)),
+            chat_template=None,  # a checkpoint carries the template that it was trained with
+            resident=everything,
+        )
+        for epoch in epochs
+    }
+    models += students.values()
+    best = best_epoch(run, epochs)
+    if best is not None:
+        models.append(replace(students[best], model_id=STUDENT, resident=True))
+    return models
+
+
+def few_shot_turns(config: RunConfig) -> tuple[tuple[str, str], ...]:
+    """The teacher's worked examples as (user message, answer), worded as the task words it."""
+    from pipeline.tasks import TASKS, instruct
+
+    kind = TASKS[config.task.name].kind
+    return tuple(
+        (instruct(example.question, kind), example.answer) for example in config.teacher.few_shot
+    )
+
+
+def _from_section(model_id: str, section: Model, resident: bool) -> ServedModel:
+    from pipeline.models import resolve_model
+
+    folder: Path = resolve_model(section.model)
+    return ServedModel(
+        model_id=model_id,
+        folder=str(folder.resolve()),
+        dtype=section.dtype,
+        chat_template=read_template(section.chat_template),
+        trust_remote_code=section.trust_remote_code,
+        stop=section.stop,
+        resident=resident,
+    )
