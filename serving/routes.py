@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Message = dict[str, Any]
+Message = Any  # a mapping with role and content, as the openai package types it
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,7 @@ class Route:
     engine: str  # the model id under which the engine itself runs
     few_shot: tuple[tuple[str, str], ...] = ()  # (user message, answer) turns before the caller's
     stop: tuple[str, ...] = ()  # used where the caller gives none
+    stop_token_ids: tuple[int, ...] = ()  # the chat template's end of turn
 
 
 def with_few_shot(
@@ -35,6 +36,11 @@ def with_few_shot(
 def stop_strings(asked: str | list[str] | None, route: Route) -> str | list[str] | None:
     """The caller's stop strings, or else the model's own."""
     return asked or list(route.stop) or None
+
+
+def stop_ids(asked: Sequence[int] | None, route: Route) -> list[int]:
+    """The caller's stop tokens and the end of turn, where an answer of any sampler ends too."""
+    return [*(asked or ()), *route.stop_token_ids]
 
 
 def renamed(text: str, engine: str, asked: str) -> str:

@@ -1,0 +1,95 @@
+"""Estimates of what a model takes: memory in an engine and in a trainer, and time to run it."""
+
+import json
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from cluster.sections import Engines, Training
+
+# Floating-point operations a second that a small model reaches, for rough times. CPU figures are
+# a core's, measured with a 135M model in bf16; GPU figures are assumed, not yet measured.
+CPU_CORE_TRAINING, CPU_CORE_DECODING = 1.1e11, 4.5e10
+GPU_TRAINING, GPU_DECODING = 1.2e14, 4e13
+
+_ENGINE_OVERHEAD = 1.3e9  # a process with torch and vLLM in it
+_TRAINER_OVERHEAD = 0.9e9  # a process with torch and DeepSpeed in it
+# Activations that a transformer layer keeps for its backward pass, in values of the hidden size a
+# token: about 34 in Korthikanti et al. (arXiv:2205.05198), for 16-bit values and a 4x MLP.
+_ACTIVATIONS_PER_LAYER = 17
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The numbers of a model folder that decide what it takes."""
+
+    parameters: int
+    layers: int
+    hidden: int
+    heads: int
+    key_value_heads: int
+    head_size: int
+    vocabulary: int
+    context: int
+
+    @property
+    def kv_values_per_token(self) -> int:
+        """Values in the KV cache for one token."""
+        return 2 * self.layers * self.key_value_heads * self.head_size
+
+
+def read_shape(folder: Path) -> ModelShape:
+    """The shape of a Hugging Face folder, from its config and the headers of its weights."""
+    raw = json.loads((folder / "config.json").read_text())
+    config = raw.get("text_config", raw)
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    return ModelShape(
+        parameters=sum(_count_values(file) for file in folder.glob("*.safetensors")),
+        layers=config["num_hidden_layers"],
+        hidden=hidden,
+        heads=heads,
+        key_value_heads=config.get("num_key_value_heads") or heads,
+        head_size=config.get("head_dim") or hidden // heads,
+        vocabulary=config["vocab_size"],
+        context=config.get("max_position_embeddings", 0),
+    )
+
+
+def _count_values(weights: Path) -> int:
+    # A safetensors file starts with the length of its JSON header, 8 bytes, little endian.
+    with weights.open("rb") as stream:
+        header: dict[str, Any] = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    return sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+
+
+def engine_bytes(shape: ModelShape, engines: Engines) -> float:
+    """Memory of one sampling engine on a CPU, its process and its KV cache included."""
+    return _ENGINE_OVERHEAD + 2 * shape.parameters + engines.kv_cache_gib * (1 << 30)
+
+
+def training_bytes(shape: ModelShape, training: Training, row_tokens: int) -> float:
+    """Memory of one training worker, with `row_tokens` in the longest row of a micro-batch.
+
+    Parameters, gradients, and AdamW's float32 copy and moments, each shared by the workers from
+    its ZeRO stage on; activations of one micro-batch and float32 scores over the vocabulary.
+    """
+    size = 2 if training.precision == "bf16" else 4
+    trained = shape.parameters if training.lora is None else _lora_parameters(shape, training)
+    shared = [stage <= training.zero_stage for stage in (3, 2, 1)]
+    states = (size * shape.parameters, size * trained, 12 * trained)
+    total = _TRAINER_OVERHEAD + sum(
+        amount / (training.workers if is_shared else 1)
+        for amount, is_shared in zip(states, shared, strict=True)
+    )
+    tokens = training.micro_batch * row_tokens
+    layers = 2 if training.gradient_checkpointing else shape.layers
+    activations = size * _ACTIVATIONS_PER_LAYER * shape.hidden * layers * tokens
+    scores = 3 * 4 * shape.vocabulary * tokens / 2  # about half of a row's tokens are scored
+    return total + activations + scores
+
+
+def _lora_parameters(shape: ModelShape, training: Training) -> int:
+    assert training.lora is not None
+    # Seven linear layers a block, each about hidden x 2 hidden.
+    return 7 * shape.layers * training.lora.rank * 3 * shape.hidden

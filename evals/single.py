@@ -1,0 +1,93 @@
+"""`potstill eval`: one model, in a folder or at a URL, on one file of problems."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster import storage
+from cluster.config import RunConfig, parse_config
+from cluster.progress import say
+from cluster.session import ray_session
+from evals.accuracy import Answer, answers_table
+from evals.stage import measure
+from pipeline.rows import Prompt
+from pipeline.tasks import load_prompts
+from serving.app import start_serving, stop_serving
+from serving.models import BASE, STUDENT, model_of_folder
+
+
+@dataclass(frozen=True)
+class SingleEvaluation:
+    """What to evaluate, and how. The defaults are those of `potstill eval`."""
+
+    model: str  # a folder, a name or id that `potstill models` knows, or an OpenAI-style URL
+    task: str
+    data: str | None = None  # in place of the task's own data
+    model_name: str | None = None  # the id to ask for at a URL; "student" by default
+    prompts: int | None = None  # all, or the first so many
+    max_new_tokens: int = 512
+    chat_template: str | None = None  # of a folder; text or path
+    dtype: str = "bfloat16"
+    concurrency: int = 32
+    port: int = 8000
+    answers: Path | None = None  # a Parquet file for the answers themselves
+
+
+def evaluate_model(wanted: SingleEvaluation) -> dict[str, Any]:
+    """The accuracy of one model on the task's test split, as measure_accuracy describes it.
+
+    A folder is served for as long as it takes. The key of a foreign URL is OPENAI_API_KEY.
+    Raises BadInputError for what cannot be evaluated, RunError where too many requests fail.
+    """
+    config = _config(wanted)
+    prompts = load_prompts(config.task, "test", config.run.seed)
+    if wanted.model.startswith(("http://", "https://")):
+        name = wanted.model_name or STUDENT
+        result, answers = measure(_with_v1(wanted.model), name, "test", prompts, config)
+    else:
+        result, answers = _measure_folder(config, prompts)
+        result["model"] = wanted.model
+    if wanted.answers is not None:
+        storage.write_table(answers_table(answers), storage.location(str(wanted.answers)))
+    return result
+
+
+def _measure_folder(
+    config: RunConfig, prompts: list[Prompt]
+) -> tuple[dict[str, Any], list[Answer]]:
+    model = model_of_folder(BASE, config.student)
+    with ray_session(config):
+        say(f"starting {config.student.model}")
+        endpoint = start_serving([model], config)
+        try:
+            return measure(endpoint.url, BASE, "test", prompts, config)
+        finally:
+            stop_serving()
+
+
+def _with_v1(url: str) -> str:
+    url = url.rstrip("/")
+    return url if url.endswith("/v1") else f"{url}/v1"
+
+
+def _config(wanted: SingleEvaluation) -> RunConfig:
+    section = {
+        "model": wanted.model,
+        "chat_template": wanted.chat_template,
+        "dtype": wanted.dtype,
+    }
+    context = max(2048, 2 * wanted.max_new_tokens)
+    raw = {
+        "run": {"folder": f"{tempfile.gettempdir()}/potstill-eval"},  # named, never written
+        "task": {"name": wanted.task, "data": wanted.data, "test_prompts": wanted.prompts},
+        "teacher": section,
+        "student": section,
+        "engines": {"max_model_len": context},
+        "serving": {"port": wanted.port, "max_model_len": context},
+        "evaluation": {
+            "max_new_tokens": wanted.max_new_tokens,
+            "concurrency": wanted.concurrency,
+        },
+    }
+    return parse_config(raw, source="potstill eval")

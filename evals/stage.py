@@ -1,0 +1,132 @@
+"""The evaluation stage of a run: every model, through the endpoint that serves it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from upath import UPath
+
+from cluster import storage
+from cluster.config import RunConfig
+from cluster.progress import progress, say
+from cluster.run_folder import RunFolder
+from evals.accuracy import Answer, Asking, answers_table, measure_accuracy
+from pipeline.rows import Prompt
+from pipeline.tasks import load_prompts
+from serving.app import Endpoint, start_serving, stop_serving
+from serving.models import (
+    STUDENT,
+    evaluation_name,
+    in_turn,
+    published_epochs,
+    served_models,
+    student_id,
+)
+
+# An engine that is done is stopped soon, since the next one wants its memory.
+_IDLE_S = 10.0
+
+
+@dataclass(frozen=True)
+class _Job:
+    model_id: str
+    split: str
+
+    @property
+    def name(self) -> str:
+        return evaluation_name(self.model_id, self.split)
+
+
+def answers_file(result: UPath) -> UPath:
+    """Where the answers behind a result lie."""
+    return result.with_suffix(".parquet")
+
+
+def evaluate(run: RunFolder, config: RunConfig) -> None:
+    """Evaluate base, teacher and every epoch's student on test, students on validation too.
+
+    Through the served endpoint; results that are there are kept. Models load one after the other
+    unless serving.resident="all". Needs a running Ray; leaves no engine behind.
+    """
+    jobs = _jobs(run, config)
+    missing = [job for job in jobs if not run.evaluation(job.name).exists()]
+    if len(missing) < len(jobs):
+        say(f"evaluation: {len(jobs) - len(missing)} of {len(jobs)} results reused")
+    if not missing:
+        return
+    wanted = {job.model_id for job in missing}
+    models = [model for model in served_models(run, config) if model.model_id in wanted]
+    if config.serving.resident == "best":
+        models = in_turn(models)
+    endpoint = start_serving(models, config, idle_s=_IDLE_S)
+    try:
+        for job in missing:
+            _run_job(job, endpoint, run, config)
+    finally:
+        stop_serving()
+
+
+def _jobs(run: RunFolder, config: RunConfig) -> list[_Job]:
+    models = served_models(run, config)
+    students = {student_id(epoch) for epoch in published_epochs(run, config)}
+    # With one epoch there is no best one to choose.
+    chosen = students if len(students) > 1 and _prompts(config, "validation") else set()
+    return [
+        _Job(model.model_id, split)
+        for model in models
+        if model.model_id != STUDENT
+        for split in ("validation", "test")
+        if split == "test" or model.model_id in chosen
+    ]
+
+
+def _prompts(config: RunConfig, split: Any) -> list[Prompt]:
+    return load_prompts(config.task, split, config.run.seed)
+
+
+def _run_job(job: _Job, endpoint: Endpoint, run: RunFolder, config: RunConfig) -> None:
+    prompts = _prompts(config, job.split)
+    say(f"evaluating {job.model_id} on {len(prompts)} {job.split} prompts")
+    endpoint.warm(job.model_id)
+    result, answers = measure(endpoint.url, job.model_id, job.split, prompts, config)
+    target = run.evaluation(job.name)
+    storage.write_table(answers_table(answers), answers_file(target))
+    storage.write_json(target, result)  # last: a result that is there is whole
+    say(summary(result))
+
+
+def measure(
+    url: str, model_id: str, split: str, prompts: list[Prompt], config: RunConfig
+) -> tuple[dict[str, Any], list[Answer]]:
+    """measure_accuracy with the limits of `config`, and a progress bar."""
+    asking = Asking(
+        url=url,
+        model=model_id,
+        max_tokens=config.evaluation_tokens,
+        concurrency=config.evaluation.concurrency,
+        timeout_s=config.evaluation.request_timeout_s,
+    )
+    right = seen = 0
+    with progress(f"{model_id} {split}", len(prompts)) as bar:
+
+        def on_answer(answer: Answer) -> None:
+            nonlocal right, seen
+            right, seen = right + (answer.verdict == "right"), seen + 1
+            bar.advance(1, accuracy=right / seen)
+
+        return measure_accuracy(
+            asking,
+            prompts,
+            task=config.task.name,
+            split=split,
+            max_error_share=config.sampling.max_error_share,
+            on_answer=on_answer,
+        )
+
+
+def summary(result: dict[str, Any]) -> str:
+    """A result in one line."""
+    return (
+        f"{result['model']} {result['split']}: accuracy {result['accuracy']:.1%} "
+        f"± {result['standard_error']:.1%} (n={result['n']}), unparsed {result['unparsed']:.1%}, "
+        f"cut {result['cut']:.1%}, {result['errors']} errors, {result['seconds']:.0f} s"
+    )

@@ -1,0 +1,38 @@
+"""The table of results for the terminal."""
+
+from rich.table import Table
+
+from cluster.config import RunConfig
+from cluster.run_folder import RunFolder
+from evals.results import Result, percent, percent_with_error, read_results
+
+
+def results_table(run: RunFolder, config: RunConfig | None = None) -> Table:
+    """Accuracy with its standard error, unparsed share and accuracy given a parsed answer."""
+    config = config or run.load_config()
+    results = read_results(run, config)
+    n = results[0].test["n"] if results else 0
+    table = Table(title=f"{config.task.name}, test, n = {n}, greedy, in percent")
+    table.add_column("model")
+    for title in ("accuracy ± SE", "95 % interval", "unparsed", "accuracy if parsed"):
+        table.add_column(title, justify="right")
+    with_validation = any(result.validation for result in results)
+    if with_validation:
+        table.add_column("validation", justify="right")
+    for result in results:
+        table.add_row(*_cells(result, with_validation), style="bold" if result.best else None)
+    return table
+
+
+def _cells(result: Result, with_validation: bool) -> list[str]:
+    low, high = result.test["interval_95"]
+    cells = [
+        result.label + (" *" if result.best else ""),
+        percent_with_error(result.test),
+        f"{percent(low)} to {percent(high)}",
+        percent(result.test["unparsed"]),
+        percent(result.test["accuracy_given_parsed"]),
+    ]
+    if with_validation:
+        cells.append(percent_with_error(result.validation) if result.validation else "–")
+    return cells

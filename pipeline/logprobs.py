@@ -1,0 +1,177 @@
+"""Log-probabilities of responses under a Hugging Face causal language model.
+
+A row is a prompt and the responses that share it. The prompt runs through the model once: each
+response sees the prompt and itself, at the positions it would have alone. Training and scoring use
+this one path.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Architectures whose shared rows are tested to equal separate ones; others get a row a response.
+_ONE_MASK = frozenset({"llama", "mistral"})
+_MASK_BY_LAYER_TYPE = frozenset({"gemma3_text", "qwen2", "qwen3", "smollm3"})
+_PADDING = -1
+_PROMPT = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """Token ids of a prompt, and of responses that each follow it on their own."""
+
+    prompt: Sequence[int]
+    responses: Sequence[Sequence[int]]
+    score_prompt: bool = False  # whether the prompt's own tokens are scored too
+
+    @property
+    def tokens(self) -> int:
+        """Positions that the row takes."""
+        return len(self.prompt) + sum(len(response) for response in self.responses)
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Rows as tensors. A *span* is a prompt or a response; spans are numbered through the batch,
+    each row's prompt before its responses."""
+
+    input_ids: Tensor  # [R, T]
+    positions: Tensor  # [R, T], restarting after the prompt for each response
+    segments: Tensor  # [R, T]: 0 in the prompt, k in the k-th response, -1 in padding
+    sources: Tensor  # [N]: where in the flattened [R * T] a scored token is predicted
+    targets: Tensor  # [N]: the scored tokens' ids
+    spans: Tensor  # [N]: the span that a scored token belongs to
+    counts: Tensor  # [S]: scored tokens of each span
+    tokens: int  # positions that are not padding
+
+    def to(self, device: torch.device) -> "TokenBatch":
+        """The same batch on another device."""
+        moved = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in vars(self).items()
+        }
+        return TokenBatch(**moved)
+
+    @property
+    def positions_computed(self) -> int:
+        """Positions that the model computes, padding included."""
+        return self.input_ids.numel()
+
+    def span_sums(self, token_logps: Tensor) -> Tensor:
+        """Sums over each span: [N] -> [S], 0 for a span that is not scored."""
+        return token_logps.new_zeros(self.counts.numel()).index_add(0, self.spans, token_logps)
+
+
+class ResponseLogProbs(nn.Module):
+    """A causal language model that answers with the log-probabilities of its rows' tokens."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: TokenBatch) -> Tensor:
+        """Log-probabilities [N] of the scored tokens, in float32 (float64 for a float64 model).
+
+        The head, most of a small model's work, is applied only where a scored token is predicted.
+        """
+        hidden = self.model.get_decoder()(
+            input_ids=batch.input_ids,
+            position_ids=batch.positions,
+            attention_mask=_attention_mask(self.model.config, batch),
+            use_cache=False,
+        ).last_hidden_state
+        logits = self.model.get_output_embeddings()(hidden.flatten(0, 1)[batch.sources])
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        softcap = getattr(self.model.config, "final_logit_softcapping", None)
+        if softcap is not None:
+            logits = torch.tanh(logits / softcap) * softcap
+        chosen = logits.gather(-1, batch.targets[:, None]).squeeze(-1)
+        return chosen - torch.logsumexp(logits, dim=-1)
+
+
+def shares_prompts(model_config: Any) -> bool:
+    """Whether several responses may share a row under this architecture."""
+    return model_config.model_type in _ONE_MASK | _MASK_BY_LAYER_TYPE
+
+
+def collate(rows: Sequence[Row], pad_id: int) -> TokenBatch:
+    """Rows as one batch, padded on the right to the longest."""
+    width = max(row.tokens for row in rows)
+    input_ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    positions = torch.zeros((len(rows), width), dtype=torch.long)
+    segments = torch.full((len(rows), width), _PADDING, dtype=torch.long)
+    scored = _Scored([], [], [], [])
+    for index, row in enumerate(rows):
+        start = len(row.prompt)
+        input_ids[index, :start] = torch.tensor(row.prompt)
+        positions[index, :start] = torch.arange(start)
+        segments[index, :start] = _PROMPT
+        scored.add_prompt(row, index * width)
+        for number, response in enumerate(row.responses, start=1):
+            stop = start + len(response)
+            input_ids[index, start:stop] = torch.tensor(response, dtype=torch.long)
+            positions[index, start:stop] = torch.arange(len(response)) + len(row.prompt)
+            segments[index, start:stop] = number
+            scored.add_response(row, response, index * width, start)
+            start = stop
+    tensors = (torch.tensor(values, dtype=torch.long) for values in vars(scored).values())
+    return TokenBatch(
+        input_ids, positions, segments, *tensors, tokens=sum(row.tokens for row in rows)
+    )
+
+
+@dataclass
+class _Scored:
+    """Grows the index of scored tokens, span by span."""
+
+    sources: list[int]
+    targets: list[int]
+    spans: list[int]
+    counts: list[int]
+
+    def add_prompt(self, row: Row, offset: int) -> None:
+        # Nothing predicts the first token.
+        scored = row.prompt[1:] if row.score_prompt else []
+        self._add(list(range(offset, offset + len(scored))), scored)
+
+    def add_response(self, row: Row, response: Sequence[int], offset: int, start: int) -> None:
+        # The prompt's last token predicts every response's first.
+        first = offset + len(row.prompt) - 1
+        rest = range(offset + start, offset + start + len(response) - 1)
+        self._add([first, *rest] if response else [], response)
+
+    def _add(self, sources: list[int], targets: Sequence[int]) -> None:
+        self.sources += sources
+        self.targets += targets
+        self.spans += [len(self.counts)] * len(targets)
+        self.counts.append(len(targets))
+
+
+def _attention_mask(model_config: Any, batch: TokenBatch) -> Tensor | dict[str, Tensor]:
+    """The plain padding mask where rows are plain, else masks [R, 1, T, T], True where seen."""
+    if batch.segments.max() <= 1:
+        return (batch.segments != _PADDING).long()
+    assert shares_prompts(model_config), f"{model_config.model_type} has no tested shared rows"
+    full = _shared_mask(batch.segments)
+    window = getattr(model_config, "sliding_window", None)
+    sliding = full & _within(batch.positions, window) if window else full
+    if model_config.model_type in _ONE_MASK:
+        return sliding
+    by_type = {"full_attention": full, "sliding_attention": sliding}
+    return {layer_type: by_type[layer_type] for layer_type in set(model_config.layer_types)}
+
+
+def _shared_mask(segments: Tensor) -> Tensor:
+    seen, by = segments[:, None, :], segments[:, :, None]
+    width = segments.shape[1]
+    causal = torch.ones(width, width, dtype=torch.bool, device=segments.device).tril()
+    # Padding sees itself through `seen == by`: a row of the softmax with nothing seen is NaN.
+    return (((seen == by) | (seen == _PROMPT)) & causal)[:, None]
+
+
+def _within(positions: Tensor, window: int) -> Tensor:
+    distance = positions[:, :, None] - positions[:, None, :]
+    return (distance < window)[:, None]

@@ -1,0 +1,152 @@
+"""From a model's name, path or URL to a local Hugging Face folder, and the digest of what it is."""
+
+import re
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+from upath import UPath
+
+from cluster import storage
+from cluster.errors import BadInputError
+from cluster.progress import say
+from pipeline.packaged import PACKAGED_MODELS, prepare_model
+
+__all__ = ["model_digest", "prepare_model", "resolve_model"]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.tiktoken")
+# What decides a model's answers; each is part of its digest.
+_MODEL_FILES = (
+    "*.safetensors",
+    "config.json",
+    "generation_config.json",
+    "added_tokens.json",
+    "chat_template*",
+    "*.py",
+    *_TOKENIZER_FILES,
+)
+
+
+def resolve_model(reference: str, cache: Path | None = None) -> Path:
+    """The local folder of a model, brought near where it is not.
+
+    `reference` is a packaged model's name (prepared now if it is not yet), a folder, the URL of
+    one, or a Hugging Face id. Copies go below `cache` (default: storage.cache_folder), those of
+    the hub into its own cache. Raises BadInputError where there is no usable model.
+    """
+    cache = cache or storage.cache_folder()
+    if reference in PACKAGED_MODELS:
+        return prepare_model(reference, cache=cache)
+    folder = Path(reference).expanduser()
+    if folder.is_dir():
+        folder = folder.absolute()
+    elif "://" in reference:
+        folder = _download(reference, cache / "downloads")
+    elif _HUB_ID.fullmatch(reference):
+        folder = _from_hub(reference)
+    else:
+        raise BadInputError(
+            f"no model {reference!r}: expected a folder that exists, a URL, a Hugging Face id such "
+            f"as org/name, or one of {', '.join(PACKAGED_MODELS)}"
+        )
+    _check_folder(folder, reference)
+    return folder
+
+
+def _check_folder(folder: Path, reference: str) -> None:
+    def has(*patterns: str) -> bool:
+        return any(next(folder.glob(pattern), None) for pattern in patterns)
+
+    if not has("config.json"):
+        adapter = " (a LoRA adapter: merge it into its base first)" if has("adapter_*") else ""
+        raise BadInputError(
+            f"{reference} has no config.json{adapter}: expected a Hugging Face model folder"
+        )
+    if not has("*.safetensors"):
+        pickled = "only pickled weights, which could run code" if has("*.bin", "*.pt*") else "none"
+        raise BadInputError(
+            f"{reference}: expected weights in *.safetensors, found {pickled}: load the model "
+            "where you trust it and write it with save_pretrained"
+        )
+    if not has(*_TOKENIZER_FILES):
+        raise BadInputError(
+            f"{reference} has no tokenizer: put its tokenizer.json and tokenizer_config.json "
+            "beside the weights"
+        )
+
+
+def _from_hub(hub_id: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py"]
+    try:
+        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise BadInputError(
+            f"{hub_id} is no folder here, and it could not be fetched from the hub: {reason}. "
+            f"Give the folder of a copy, or one of {', '.join(PACKAGED_MODELS)}, which need no hub"
+        ) from None
+
+
+def _download(url: str, cache: Path) -> Path:
+    """A local copy of the model folder at `url`, made once for each content of it."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        source = storage.location(url)
+        if storage.is_local(source):
+            return Path(source.path)
+        if storage.is_published(source):
+            return storage.fetch_folder(source, cache)
+        return _copy(source, cache)
+    except (OSError, ValueError, ImportError, BotoCoreError, ClientError) as error:
+        raise BadInputError(
+            f"no model could be read at {url}: {error}. Check the URL, the credentials, and that "
+            "the protocol's package (s3fs, gcsfs, adlfs) is installed"
+        ) from None
+
+
+def _copy(source: UPath, cache: Path) -> Path:
+    files = sorted((file for file in source.iterdir() if file.is_file()), key=str)
+    if not files:
+        raise FileNotFoundError("no files there")
+    states = [f"{file.name} {source.fs.checksum(file.path)}" for file in files]
+    target = cache / storage.digest_text(str(source), *states)
+    if target.exists():
+        return target
+    say(f"Copying {source} to {target}, once")
+    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}")
+    partial.mkdir()
+    for file in files:
+        with file.open("rb") as reader, (partial / file.name).open("wb") as writer:
+            shutil.copyfileobj(reader, writer, 1 << 22)
+    partial.rename(target)
+    return target
+
+
+def model_digest(folder: Path) -> str:
+    """BLAKE2b-128, in hex, of a model's weights, configuration, tokenizer and chat template.
+
+    Equal for equal files wherever they lie. Each file is read once: later calls go by its size
+    and its time of change, remembered in the cache and never in the folder.
+    """
+    folder = folder.resolve()
+    known_file = storage.cache_folder() / "digests" / f"{storage.digest_text(str(folder))}.json"
+    place = storage.location(str(known_file))
+    known = storage.read_json(place) if known_file.exists() else {}
+    found: dict[str, dict[str, Any]] = {}
+    for name in sorted({file.name for glob in _MODEL_FILES for file in folder.glob(glob)}):
+        state = (folder / name).stat()
+        old = known.get(name, {})
+        same = (old.get("size"), old.get("mtime_ns")) == (state.st_size, state.st_mtime_ns)
+        digest = old["digest"] if same else storage.digest_file(folder / name)
+        found[name] = {"size": state.st_size, "mtime_ns": state.st_mtime_ns, "digest": digest}
+    if found != known:
+        storage.write_json(place, found)
+    return storage.digest_text(*(part for name in found for part in (name, found[name]["digest"])))

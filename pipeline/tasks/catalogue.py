@@ -1,0 +1,16 @@
+"""The tasks by name. A new one is a file with a TASK, and a line here."""
+
+from pipeline.tasks import arc_challenge, gsm8k, medqa, openbookqa, strategyqa, word_problems
+from pipeline.tasks.task import Task
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        arc_challenge.TASK,
+        gsm8k.TASK,
+        medqa.TASK,
+        openbookqa.TASK,
+        strategyqa.TASK,
+        word_problems.TASK,
+    )
+}

@@ -1,0 +1,117 @@
+"""What a task is: where its data lies, and how one raw row of it becomes a Prompt."""
+
+import ast
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from cluster.errors import BadInputError
+from cluster.storage import digest_text
+from pipeline.answers import canonical_answer
+from pipeline.rows import Kind, Prompt
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+Row = Mapping[str, Any]
+
+_ID_COLUMNS = ("id", "qid")
+
+
+class Problem(NamedTuple):
+    """What a task reads from a row: the gold answer is still as the data set writes it."""
+
+    question: str
+    gold: str
+    choices: dict[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """One data set's schema and whereabouts."""
+
+    name: str
+    kind: Kind
+    columns: tuple[str, ...]  # that a row must have; others are ignored
+    read: Callable[[Row], Problem]
+    hub_id: str | None = None
+    hub_config: str | None = None
+    # (split, seed, largest operand) -> its prompts in a seeded order; for a task that makes its own
+    generate: Callable[[Split, int, int | None], Iterator[Prompt]] | None = None
+
+    def prompt(self, raw: Row) -> Prompt:
+        """The Prompt of a raw row.
+
+        Raises BadInputError where columns are missing, empty, or without a usable gold answer.
+        """
+        row = {str(name).strip(): value for name, value in raw.items()}
+        missing = [column for column in self.columns if row.get(column) is None]
+        if missing:
+            raise BadInputError(
+                f"no {', '.join(missing)} (the row has {', '.join(row)}); {self.name} expects "
+                f"{', '.join(self.columns)}: rename the columns, or leave out rows without them"
+            )
+        problem = self.read(row)
+        if not problem.question:
+            raise BadInputError("the question is empty: leave the row out")
+        gold = canonical_answer(problem.gold, self.kind, problem.choices)
+        if gold is None:
+            raise BadInputError(
+                f"the gold answer is {problem.gold!r}, expected {self._expected(problem)}: "
+                "correct it, or leave out rows without a gold answer"
+            )
+        identity = next((str(row[name]).strip() for name in _ID_COLUMNS if row.get(name)), None)
+        return Prompt(
+            prompt_id=identity or digest_problem(problem.question, problem.choices),
+            question=problem.question,
+            kind=self.kind,
+            gold=gold,
+            choices=problem.choices,
+        )
+
+    def _expected(self, problem: Problem) -> str:
+        if self.kind == "choice":
+            return f"one of the labels {', '.join(problem.choices or ())}"
+        return "a number" if self.kind == "number" else "yes or no"
+
+
+def digest_problem(question: str, choices: Mapping[str, str] | None) -> str:
+    """An id for a problem whose data set gives none: of its question, labels and options."""
+    return digest_text(question, *(part for item in (choices or {}).items() for part in item))
+
+
+def nested(row: Row, column: str) -> dict[str, Any]:
+    """A column that holds an object: as such, or written out in a CSV's cell (JSON, or Python's)."""
+    value = row[column]
+    if isinstance(value, str):
+        value = _parse(value, column)
+    if not isinstance(value, dict):
+        raise BadInputError(
+            f"{column} is {value!r}, expected an object, which a CSV writes as JSON in one cell"
+        )
+    return value
+
+
+def _parse(text: str, column: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        pass  # Python's csv and pandas write a dict as Python would
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        raise BadInputError(
+            f"{column} is {text[:80]!r}, which is no JSON object: write the column as JSON"
+        ) from None
+
+
+def labelled_texts(row: Row, column: str = "choices") -> dict[str, str]:
+    """Options given as {"text": [...], "label": [...]}, as label -> text in the item's order."""
+    value = nested(row, column)
+    texts, labels = value.get("text"), value.get("label")
+    if not (isinstance(texts, list) and isinstance(labels, list) and len(texts) == len(labels) > 1):
+        raise BadInputError(
+            f'{column} is {value!r}, expected {{"text": [...], "label": [...]}} of one length, '
+            "with two options or more"
+        )
+    return {str(label).strip(): str(text).strip() for label, text in zip(labels, texts, strict=True)}

@@ -1,0 +1,60 @@
+"""Asking a served model a question, the answer streaming in."""
+
+import os
+import sys
+from typing import TextIO
+
+from cluster.errors import BadInputError
+from pipeline.rows import Kind
+
+
+def ask(
+    url: str,
+    question: str,
+    model: str = "student",
+    *,
+    kind: Kind | None = None,
+    max_tokens: int = 512,
+    temperature: float = 0.0,
+    out: TextIO = sys.stdout,
+) -> str:
+    """Stream the answer of `model` at the OpenAI-style `url` to `out`, and return it.
+
+    With `kind` the question is worded as in training (pipeline.tasks.instruct). The API key comes
+    from OPENAI_API_KEY. Raises BadInputError where nothing answers, or the model is not there.
+    """
+    import openai
+
+    client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"))
+    pieces = []
+    try:
+        stream = client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": _worded(question, kind)}],
+            max_tokens=max_tokens,
+            temperature=temperature,
+            stream=True,
+        )
+        for chunk in stream:
+            piece = chunk.choices[0].delta.content if chunk.choices else None
+            if piece:
+                pieces.append(piece)
+                print(piece, end="", flush=True, file=out)
+    except openai.APIConnectionError:
+        raise BadInputError(
+            f"nothing answers at {url}: start the endpoint with `potstill serve RUN`, or give its "
+            "address"
+        ) from None
+    except openai.NotFoundError:
+        served = ", ".join(found.id for found in client.models.list())
+        raise BadInputError(f"no model {model!r} at {url}: expected one of {served}") from None
+    print(file=out)
+    return "".join(pieces)
+
+
+def _worded(question: str, kind: Kind | None) -> str:
+    if kind is None:
+        return question
+    from pipeline.tasks import instruct
+
+    return instruct(question, kind)

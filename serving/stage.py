@@ -1,0 +1,42 @@
+"""`potstill serve`: the endpoint of a run, until the user stops it."""
+
+import threading
+
+from cluster.config import RunConfig
+from cluster.progress import say
+from cluster.run_folder import RunFolder
+from cluster.session import ray_session
+from serving.app import Endpoint, start_serving, stop_serving
+from serving.models import STUDENT, engines_of, served_models
+
+
+def serve(run: RunFolder, config: RunConfig, stop: threading.Event | None = None) -> None:
+    """Serve all models of a run until Ctrl-C, or until `stop` is set.
+
+    Raises BadInputError for a port in use, RunError where an engine does not start.
+    """
+    models = served_models(run, config)
+    residents = {engine.engine_id for engine in engines_of(models).values() if engine.resident}
+    with ray_session(config):
+        say(f"starting {', '.join(sorted(residents))} (about a minute)")
+        endpoint = start_serving(models, config)
+        try:
+            _describe(endpoint)
+            (stop or threading.Event()).wait()
+        except KeyboardInterrupt:
+            say("stopping")
+        finally:
+            stop_serving()
+
+
+def _describe(endpoint: Endpoint) -> None:
+    engines = engines_of(list(endpoint.models))
+    say(f"serving at {endpoint.url}, until Ctrl-C:")
+    for model in endpoint.models:
+        engine = engines[model.model_id]
+        state = "loaded" if engine.resident else "starts with its first request"
+        alias = f" (= {engine.engine_id})" if engine.engine_id != model.model_id else ""
+        say(f"  {model.model_id}{alias}: {state}")
+    ids = {model.model_id for model in endpoint.models}
+    asked = STUDENT if STUDENT in ids else endpoint.models[0].model_id
+    say(f'ask it: potstill ask "What is 7 times 6?" --model {asked} --url {endpoint.url}')

@@ -1,0 +1,111 @@
+"""Configurations: what is read, what is refused, and what belongs to the recipe."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.config import load_config, recipe_of
+from cluster.errors import BadInputError
+
+MINIMAL = {
+    "run": {"folder": "runs/x"},
+    "task": {"name": "gsm8k"},
+    "teacher": {"model": "org/teacher"},
+    "student": {"model": "org/student"},
+}
+RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    return path
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_every_shipped_recipe_is_valid(path):
+    load_config(path)
+
+
+def test_there_are_shipped_recipes():
+    assert RECIPES
+
+
+def test_the_papers_values_are_the_defaults(config_file):
+    config = load_config(config_file)
+    assert (config.sampling.samples, config.sampling.temperature) == (8, 0.8)
+    assert (config.sampling.max_rouge_l, config.training.odds_ratio_weight) == (0.8, 1.0)
+    assert (config.training.epochs, config.training.global_batch) == (5, 32)
+    assert config.training.nll_scope == "response"
+    assert config.pairs.negatives == "wrong"
+
+
+def test_overrides_are_read_as_yaml(config_file):
+    config = load_config(config_file, ["training.learning_rate=2e-5", "pairs.phi=1", "run.seed=3"])
+    assert (config.training.learning_rate, config.pairs.phi, config.run.seed) == (2e-5, 1.0, 3)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.epoch=2", "training.epoch is not an option: options here are method"),
+        ("trainer.epochs=2", "trainer is not an option"),
+        ("training.epochs=two", "training.epochs='two'"),
+        ("training.epochs=0", "greater than 0"),
+        ("pairs.phi=1.5", "less than or equal to 1"),
+        ("pairs.negatives=bad", "'wrong' or 'wrong_or_unparsed'"),
+        ("training.epochs", "is not of the form section.key=value"),
+        ("epochs=2", "is not of the form section.key=value"),
+        ("run.folder.x=2", "folder is not a section"),
+        ("training.epochs=[1", "no YAML value"),
+        ("training.micro_batch=5", "not a multiple of micro_batch x workers"),
+        ("engines.min_engines=3", "more than max_engines"),
+        ("sampling.max_new_tokens=4096", "leaves no room for a prompt"),
+        ("evaluation.max_new_tokens=4096", "leaves no room for a prompt in serving"),
+        ("training.offload=parameters", "needs zero_stage 3"),
+        ("training.offload=optimizer", "needs zero_stage 1 to 3"),
+        ("task.largest_operand=5", "is for word_problems"),
+    ],
+)
+def test_bad_values_are_refused_by_name(config_file, override, message):
+    with pytest.raises(BadInputError, match="(?s)" + message.replace("(", r"\(")):
+        load_config(config_file, [override])
+
+
+def test_a_missing_section_is_named(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({key: MINIMAL[key] for key in ("run", "task", "teacher")}))
+    with pytest.raises(BadInputError, match="student is missing"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"a: [1", "not valid YAML"), (b"- 1", "holds list"), (b"\xff\xfe\xfa", "not valid YAML")],
+)
+def test_broken_files_are_refused(tmp_path, content, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(BadInputError, match=message):
+        load_config(path)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(BadInputError, match="no configuration at"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_recipe_fields_are_told_from_execution_fields(config_file):
+    recipe = recipe_of(load_config(config_file))
+    assert {"run.seed", "training.learning_rate", "teacher.few_shot", "training.lora"} <= set(
+        recipe
+    )
+    assert not {"run.folder", "run.store", "training.workers", "training.micro_batch"} & set(recipe)
+    assert not any(name.startswith(("cluster.", "engines.", "serving.")) for name in recipe)
+
+
+def test_lora_is_part_of_the_recipe(config_file):
+    recipe = recipe_of(load_config(config_file, ["training.lora={rank: 4}"]))
+    assert recipe["training.lora.rank"] == 4

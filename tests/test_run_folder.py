@@ -1,0 +1,67 @@
+"""The run folder: resumed by the same recipe, refused for another."""
+
+import json
+
+import pytest
+import yaml
+
+from cluster.config import parse_config
+from cluster.errors import BadInputError
+from cluster.run_folder import check_recipe, open_run
+
+
+def config(folder, **changes):
+    raw = {
+        "run": {"folder": str(folder)},
+        "task": {"name": "gsm8k"},
+        "teacher": {"model": "org/teacher"},
+        "student": {"model": "org/student"},
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        raw.setdefault(section, {})[name] = value
+    return parse_config(raw, "test")
+
+
+def test_the_resolved_configuration_and_environment_are_kept(tmp_path):
+    folder = open_run(config(tmp_path / "run"))
+    kept = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert kept["sampling"]["samples"] == 8
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["packages"]["ray"]
+    assert folder.load_config() == config(tmp_path / "run")
+
+
+def test_execution_fields_may_change(tmp_path):
+    open_run(config(tmp_path / "run"))
+    changed = config(tmp_path / "run", training__micro_batch=8, engines__max_engines=3)
+    assert open_run(changed).load_config() == changed
+
+
+def test_another_recipe_is_refused_and_changes_nothing(tmp_path):
+    open_run(config(tmp_path / "run"))
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    with pytest.raises(BadInputError, match=r"pairs.phi was 0.5 and is now 1.0"):
+        open_run(config(tmp_path / "run", pairs__phi=1))
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+
+
+def test_a_check_leaves_no_folder(tmp_path):
+    check_recipe(config(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    from cluster.run_folder import RunFolder
+    from cluster.storage import location
+
+    with pytest.raises(BadInputError, match="no run in"):
+        RunFolder(location(str(tmp_path))).load_config()
+
+
+def test_metrics_are_lines_of_json(tmp_path):
+    folder = open_run(config(tmp_path / "run"))
+    folder.record(stage="train", step=1)
+    folder.record(stage="train", step=2)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]

@@ -1,0 +1,83 @@
+"""Files and folders count whole or not at all, on a local disk and on a URL."""
+
+import uuid
+
+import pyarrow as pa
+import pytest
+
+from cluster.errors import RunError
+from cluster.storage import (
+    MARKER,
+    digest_text,
+    discard_folder,
+    fetch_folder,
+    is_published,
+    location,
+    publish_folder,
+    read_table,
+    write_json,
+    write_table,
+)
+
+
+@pytest.fixture(params=["local", "memory"])
+def target(request, tmp_path):
+    if request.param == "local":
+        return location(str(tmp_path / "target"))
+    return location(f"memory://{uuid.uuid4().hex}/target")
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "source"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "a.txt").write_text("one")
+    (folder / "sub" / "b.txt").write_text("two")
+    return folder
+
+
+def test_a_published_folder_is_whole(source, target, tmp_path):
+    assert not is_published(target)
+    publish_folder(source, target)
+    assert is_published(target)
+    copy = fetch_folder(target, tmp_path / "cache")
+    assert (copy / "a.txt").read_text() == "one"
+    assert (copy / "sub" / "b.txt").read_text() == "two"
+
+
+def test_without_its_marker_a_folder_does_not_count(source, target):
+    publish_folder(source, target)
+    (target / MARKER).unlink()
+    assert not is_published(target)
+
+
+def test_a_damaged_download_is_refused(source, tmp_path):
+    target = location(f"memory://{uuid.uuid4().hex}/target")
+    publish_folder(source, target)
+    (target / "a.txt").write_text("won")
+    with pytest.raises(RunError, match=r"a.txt is damaged"):
+        fetch_folder(target, tmp_path / "cache")
+
+
+def test_a_discarded_folder_is_gone(source, target):
+    publish_folder(source, target)
+    discard_folder(target)
+    assert not is_published(target)
+    discard_folder(target)
+
+
+def test_tables_survive(target):
+    table = pa.table({"x": [1, 2]})
+    write_table(table, target / "t.parquet")
+    assert read_table(target / "t.parquet").equals(table)
+    write_table(table, target / "u.parquet")
+    assert read_table(target)["x"].to_pylist() == [1, 2, 1, 2]
+
+
+def test_nothing_partial_is_left_beside_a_file(tmp_path):
+    write_json(location(str(tmp_path / "x.json")), {"a": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_digests_tell_lists_of_parts_apart():
+    assert digest_text("ab", "c") != digest_text("a", "bc") != digest_text("abc")

@@ -1,0 +1,121 @@
+"""From pairs to micro-batches: ids, order, and who takes what.
+
+What a global batch holds, and in which order batches come, follows from (seed, epoch) alone; the
+number of workers and the size of a micro-batch only cut the same batch into other pieces.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from cluster.errors import BadInputError
+from pipeline.rows import Pair
+
+
+class Tokens(Protocol):
+    """What of pipeline.chat.Chat is needed here."""
+
+    def prompt_ids(self, user_message: str) -> list[int]:
+        """Ids of the rendered prompt."""
+
+    def response_ids(self, text: str, finished: bool) -> list[int]:
+        """Ids of a response, closed by the end-of-turn token if finished."""
+
+
+@dataclass(frozen=True)
+class TokenPair:
+    """A pair as token ids; chosen and rejected share the prompt's to the letter."""
+
+    prompt_id: str
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int] | None  # None: only the NLL of `chosen` applies
+    cut: int = 0  # responses that max_length cut
+
+    @property
+    def length(self) -> int:
+        """Tokens of the pair with its prompt once."""
+        return len(self.prompt) + len(self.chosen) + len(self.rejected or ())
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Pairs that one worker takes through the model at once.
+
+    `filler` marks pairs that count nothing: every worker must run as many micro-batches as the
+    others, and in a last, partial batch there may be no pair left for it.
+    """
+
+    pairs: tuple[TokenPair, ...]
+    filler: bool = False
+
+
+@dataclass(frozen=True)
+class BatchCounts:
+    """What a global batch's sums are divided by."""
+
+    nll_tokens: int
+    pairs: int  # with or without a negative
+
+
+def tokenize_pair(pair: Pair, chat: Tokens, max_length: int, contrast: bool) -> TokenPair:
+    """Ids of a pair, each response cut so that prompt and response fit in `max_length` tokens.
+
+    A cut loses the end-of-turn token, as it comes last. Without `contrast` the negative is left
+    out. Raises BadInputError for a prompt that leaves no room for a response.
+    """
+    prompt = chat.prompt_ids(pair.prompt)
+    room = max_length - len(prompt)
+    if room < 1:
+        raise BadInputError(
+            f"prompt {pair.prompt_id} has {len(prompt)} tokens, expected fewer than "
+            f"training.max_length={max_length}: raise it, or leave the prompt out"
+        )
+    chosen = chat.response_ids(pair.chosen, pair.chosen_finished)
+    rejected = None
+    if contrast and pair.rejected is not None:
+        rejected = chat.response_ids(pair.rejected, bool(pair.rejected_finished))
+    cut = sum(len(ids) > room for ids in (chosen, rejected or []))
+    # An empty trace that was cut leaves nothing to contrast with.
+    return TokenPair(pair.prompt_id, prompt, chosen[:room], (rejected or [])[:room] or None, cut)
+
+
+def global_batches(pairs: int, size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The epoch's batches, as indices into its pairs; the last may be smaller.
+
+    Every pair comes once, in an order that follows from (seed, epoch).
+    """
+    order = list(range(pairs))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return [order[start : start + size] for start in range(0, pairs, size)]
+
+
+def count_batch(pairs: Sequence[TokenPair], score_prompt: bool) -> BatchCounts:
+    """Counts of a global batch; with `score_prompt` all prompt tokens but the first count."""
+    prompt_tokens = sum(len(pair.prompt) - 1 for pair in pairs) if score_prompt else 0
+    return BatchCounts(prompt_tokens + sum(len(pair.chosen) for pair in pairs), len(pairs))
+
+
+def micro_batches(
+    pairs: Sequence[TokenPair], micro_batch: int, workers: int, rank: int
+) -> list[MicroBatch]:
+    """The share of worker `rank` in a global batch.
+
+    Pairs of like length go together, which saves padding, and the workers' n-th micro-batches are
+    of like length, which saves waiting. All workers get the same number of micro-batches.
+    """
+    ordered = sorted(pairs, key=lambda pair: pair.length, reverse=True)
+    steps = -(-len(ordered) // (micro_batch * workers))
+    groups = _split_evenly(ordered, steps * workers)
+    shortest = ordered[-1]
+    return [
+        MicroBatch(tuple(group)) if group else MicroBatch((shortest,), filler=True)
+        for group in groups[rank::workers]
+    ]
+
+
+def _split_evenly(pairs: Sequence[TokenPair], groups: int) -> list[Sequence[TokenPair]]:
+    share, extra = divmod(len(pairs), groups)
+    bounds = [number * share + min(number, extra) for number in range(groups + 1)]
+    return [pairs[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]

@@ -1,0 +1,21 @@
+"""The learning rate: one warm-up and one cosine over the steps of all epochs."""
+
+import math
+
+
+def count_steps(pairs: int, global_batch: int) -> int:
+    """Optimizer steps of an epoch; its last batch may be partial."""
+    return -(-pairs // global_batch)
+
+
+def learning_rate(step: int, total_steps: int, peak: float, warmup_share: float) -> float:
+    """The rate of step 1, 2, ..., `total_steps`.
+
+    It rises linearly to `peak` over the first share of steps, then falls along a cosine that would
+    reach 0 one step after the last.
+    """
+    warmup = math.ceil(warmup_share * total_steps)
+    if step <= warmup:
+        return peak * step / warmup
+    done = (step - warmup) / (total_steps - warmup + 1)
+    return peak * 0.5 * (1 + math.cos(math.pi * done))
