@@ -197,12 +197,12 @@ def _watch(board: Any, stop: threading.Event) -> None:
     while True:
         last = stop.wait(_BOARD_INTERVAL_S)
         lines, states = ray.get(board.take.remote())
-        for line in lines:
-            say(line)
         for description, (done, total, figures) in states.items():
             if description not in shown:
                 shown[description] = Bar(description, total, bars)
             shown[description].reach(done, **figures)
+        for line in lines:
+            say(line)
         if last:
             break
     bars.stop()

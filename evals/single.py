@@ -3,7 +3,7 @@
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cluster import storage
 from cluster.config import RunConfig, parse_config
@@ -35,18 +35,19 @@ class SingleEvaluation:
 
 
 def evaluate_model(wanted: SingleEvaluation) -> dict[str, Any]:
-    """The accuracy of one model on the task's test split, as measure_accuracy describes it.
+    """The accuracy of one model on the test split, or on all of `data`: see measure_accuracy.
 
     A folder is served for as long as it takes. The key of a foreign URL is OPENAI_API_KEY.
     Raises BadInputError for what cannot be evaluated, RunError where too many requests fail.
     """
     config = _config(wanted)
-    prompts = load_prompts(config.task, "test", config.run.seed)
+    split: Literal["test", "all"] = "test" if wanted.data is None else "all"
+    prompts = load_prompts(config.task, split, config.run.seed)
     if wanted.model.startswith(("http://", "https://")):
         name = wanted.model_name or STUDENT
-        result, answers = measure(_with_v1(wanted.model), name, "test", prompts, config)
+        result, answers = measure(_with_v1(wanted.model), name, split, prompts, config)
     else:
-        result, answers = _measure_folder(config, prompts)
+        result, answers = _measure_folder(config, prompts, split)
         result["model"] = wanted.model
     if wanted.answers is not None:
         storage.write_table(answers_table(answers), storage.location(str(wanted.answers)))
@@ -54,14 +55,14 @@ def evaluate_model(wanted: SingleEvaluation) -> dict[str, Any]:
 
 
 def _measure_folder(
-    config: RunConfig, prompts: list[Prompt]
+    config: RunConfig, prompts: list[Prompt], split: str
 ) -> tuple[dict[str, Any], list[Answer]]:
     model = model_of_folder(BASE, config.student)
     with ray_session(config):
         say(f"starting {config.student.model}")
         endpoint = start_serving([model], config)
         try:
-            return measure(endpoint.url, BASE, "test", prompts, config)
+            return measure(endpoint.url, BASE, split, prompts, config)
         finally:
             stop_serving()
 

@@ -37,7 +37,8 @@ def keep_diverse(texts: Sequence[str], max_rouge_l: float = 0.8) -> list[int]:
 def rouge_l(target: Sequence[int], prediction: Sequence[int]) -> float:
     """ROUGE-L F1 of two token lists, in [0, 1]; 0 where either is empty.
 
-    The order of operations is rouge-score's own, so that a score at the border decides alike.
+    The order of operations is rouge-score's own, so that a score at the border decides alike: four
+    common tokens of five come out as 0.8000000000000002, just above the usual limit.
     """
     common = LCSseq.similarity(target, prediction) if target and prediction else 0
     if common == 0:

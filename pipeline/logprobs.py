@@ -45,15 +45,15 @@ class TokenBatch:
     targets: Tensor  # [N]: the scored tokens' ids
     spans: Tensor  # [N]: the span that a scored token belongs to
     counts: Tensor  # [S]: scored tokens of each span
-    tokens: int  # positions that are not padding
 
     def to(self, device: torch.device) -> "TokenBatch":
         """The same batch on another device."""
-        moved = {
-            name: value.to(device) if isinstance(value, Tensor) else value
-            for name, value in vars(self).items()
-        }
-        return TokenBatch(**moved)
+        return TokenBatch(**{name: value.to(device) for name, value in vars(self).items()})
+
+    @property
+    def tokens(self) -> int:
+        """Positions that are not padding."""
+        return int((self.segments != _PADDING).sum())
 
     @property
     def positions_computed(self) -> int:
@@ -117,10 +117,7 @@ def collate(rows: Sequence[Row], pad_id: int) -> TokenBatch:
             segments[index, start:stop] = number
             scored.add_response(row, response, index * width, start)
             start = stop
-    tensors = (torch.tensor(values, dtype=torch.long) for values in vars(scored).values())
-    return TokenBatch(
-        input_ids, positions, segments, *tensors, tokens=sum(row.tokens for row in rows)
-    )
+    return TokenBatch(input_ids, positions, segments, *scored.tensors())
 
 
 @dataclass
@@ -142,6 +139,11 @@ class _Scored:
         first = offset + len(row.prompt) - 1
         rest = range(offset + start, offset + start + len(response) - 1)
         self._add([first, *rest] if response else [], response)
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        found = self.sources, self.targets, self.spans, self.counts
+        sources, targets, spans, counts = (torch.tensor(ids, dtype=torch.long) for ids in found)
+        return sources, targets, spans, counts
 
     def _add(self, sources: list[int], targets: Sequence[int]) -> None:
         self.sources += sources

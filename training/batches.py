@@ -7,6 +7,7 @@ number of workers and the size of a micro-batch only cut the same batch into oth
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 from cluster.errors import BadInputError
@@ -118,4 +119,4 @@ def micro_batches(
 def _split_evenly(pairs: Sequence[TokenPair], groups: int) -> list[Sequence[TokenPair]]:
     share, extra = divmod(len(pairs), groups)
     bounds = [number * share + min(number, extra) for number in range(groups + 1)]
-    return [pairs[start:stop] for start, stop in zip(bounds, bounds[1:], strict=False)]
+    return [pairs[start:stop] for start, stop in pairwise(bounds)]

@@ -5,8 +5,8 @@ caller divides by counts of the whole global batch.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 # log(1 - p) is taken no nearer to p = 1 than this, in nats; papers' values down to -1e-10 survive.
 _NEAREST_TO_CERTAIN = -1e-12
@@ -23,7 +23,7 @@ def odds_ratio_loss(chosen_mean_logp: Tensor, rejected_mean_logp: Tensor) -> Ten
     -logsigmoid(logodds(chosen) - logodds(rejected)) with logodds(P) = log P - log(1 - P). Both
     inputs are mean log-probabilities per response token (nats), at most 0.
     """
-    return -F.logsigmoid(odds_ratio_margin(chosen_mean_logp, rejected_mean_logp))
+    return -logsigmoid(odds_ratio_margin(chosen_mean_logp, rejected_mean_logp))
 
 
 def odds_ratio_margin(chosen_mean_logp: Tensor, rejected_mean_logp: Tensor) -> Tensor:

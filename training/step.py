@@ -105,7 +105,7 @@ def accumulate(
     global batch's loss, over this worker's share.
     """
     device = next(model.parameters()).device
-    totals = torch.zeros(len(SUMS), dtype=torch.float64)
+    totals = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
     for micro in micro_batches:
         batch = collator(micro.pairs)
         on_device = PairBatch(**(vars(batch) | {"tokens": batch.tokens.to(device)}))
@@ -113,8 +113,8 @@ def accumulate(
         backward(loss * 0 if micro.filler else loss, micro)
         if not micro.filler:
             sums |= _sizes(batch, micro)
-            totals += torch.tensor([float(sums[name]) for name in SUMS], dtype=torch.float64)
-    return totals
+            totals += torch.stack([sums[name].to(device, torch.float64) for name in SUMS])
+    return totals.cpu()
 
 
 def _sizes(batch: PairBatch, micro: MicroBatch) -> dict[str, Tensor]:

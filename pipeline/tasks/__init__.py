@@ -1,4 +1,4 @@
-"""The problems to distil on: one file a task, the prompt they share, and the loading of their data."""
+"""The problems to distil on: a file a task, the prompt they share, the loading of their data."""
 
 from pipeline.tasks.catalogue import TASKS
 from pipeline.tasks.loading import load_prompts

@@ -1,6 +1,5 @@
 """From the task section of a configuration to the prompts of one split."""
 
-from collections.abc import Iterable
 from itertools import chain
 from typing import Literal
 
@@ -10,19 +9,11 @@ from cluster.progress import say
 from pipeline.rows import Prompt
 from pipeline.tasks.catalogue import TASKS
 from pipeline.tasks.sources import Located, find_files, looks_local, read_file, read_hub
-from pipeline.tasks.splits import (
-    fill_parts,
-    first_prompts,
-    problem_key,
-    take,
-    without_repeats,
-)
-from pipeline.tasks.task import SPLITS, Split, Task
+from pipeline.tasks.splits import fill_parts, first_prompts, take, without_repeats
+from pipeline.tasks.task import SPLITS, Split, Task, digest_problem
 
 
-def load_prompts(
-    section: sections.Task, split: Split | Literal["all"], seed: int
-) -> list[Prompt]:
+def load_prompts(section: sections.Task, split: Split | Literal["all"], seed: int) -> list[Prompt]:
     """The prompts of a split: the first N of a seeded permutation, N as the section gives it.
 
     "all" is every prompt that the data has, whatever its split, for evaluating on a file; its N is
@@ -30,21 +21,32 @@ def load_prompts(
     answers, with an id twice, or fewer than asked.
     """
     task = _task(section.name)
-    count = section.train_prompts if split == "train" else section.test_prompts
-    count = section.validation_prompts if split == "validation" else count
+    count = _count(section, split)
     what = f"{section.data or task.name} ({split})"
+    splits = SPLITS if split == "all" else (split,)
     if task.generate is not None and section.data is None:
-        splits = SPLITS if split == "all" else (split,)
-        made = (task.generate(part, seed, section.largest_operand) for part in splits)
+        made = [task.generate(section, part, seed) for part in splits]
         return take(chain.from_iterable(made), count, what)
-    parts = _load_parts(task, section.data)
-    chosen = list(chain(*parts.values())) if split == "all" else parts[split]
+    parts, lost = without_repeats(fill_parts(_load_parts(task, section.data)))
+    if repeats := sum(lost[part] for part in splits):
+        say(f"{what}: left out {repeats} prompts that repeat another part's")
+    chosen = list(chain.from_iterable(parts[part] for part in splits))
     if not chosen:
+        counts = ", ".join(f"{part} {len(prompts)}" for part, prompts in parts.items())
         raise BadInputError(
-            f"{what} has no prompts, got {_counts(parts)}: add a file of that split, or a train "
-            "part of three problems or more, from which the others are carved"
+            f"{what} has no prompts, got {counts}: add a file of that split, or a train part of "
+            "three problems or more, from which the others are carved"
         )
     return first_prompts(chosen, count, seed, what)
+
+
+def _count(section: sections.Task, split: Split | Literal["all"]) -> int | None:
+    match split:
+        case "train":
+            return section.train_prompts
+        case "validation":
+            return section.validation_prompts
+    return section.test_prompts
 
 
 def _task(name: str) -> Task:
@@ -54,32 +56,23 @@ def _task(name: str) -> Task:
 
 
 def _load_parts(task: Task, data: str | None) -> dict[Split, list[Prompt]]:
-    parts: dict[Split, list[Prompt]] = {}
-    for split, rows in _raw_parts(task, data).items():
-        parts[split] = _read_prompts(task, rows)
-        if not parts[split]:
-            raise BadInputError(
-                f"the {split} part of {data or task.hub_id} is empty: expected rows with "
-                f"{', '.join(task.columns)}"
-            )
-    kept, lost = without_repeats(fill_parts(parts))
-    for split, number in lost.items():
-        if number:
-            say(f"{task.name}: {number} {split} prompts repeat another part's and are left out")
-    return kept
-
-
-def _raw_parts(task: Task, data: str | None) -> dict[Split, Located]:
     source = data or task.hub_id
     assert source is not None  # a task without a home on the hub makes its own prompts
+    parts: dict[Split, list[Prompt]] = {}
+    for split, rows in _raw_parts(task, source).items():
+        parts[split] = _read_prompts(task, rows, f"{source} ({split})")
+    return parts
+
+
+def _raw_parts(task: Task, source: str) -> dict[Split, Located]:
     if not looks_local(source):
         return read_hub(source, task.hub_config if source == task.hub_id else None)
     files = find_files(source)
     return {split: chain.from_iterable(map(read_file, files[split])) for split in files}
 
 
-def _read_prompts(task: Task, rows: Located) -> list[Prompt]:
-    """The prompts of raw rows. A row without an id of its own that repeats another is skipped."""
+def _read_prompts(task: Task, rows: Located, what: str) -> list[Prompt]:
+    """The prompts of raw rows; of rows without an id that are the same, the first."""
     prompts: dict[str, Prompt] = {}
     places: dict[str, str] = {}
     for where, row in rows:
@@ -87,9 +80,13 @@ def _read_prompts(task: Task, rows: Located) -> list[Prompt]:
             prompt = task.prompt(row)
         except BadInputError as error:
             raise BadInputError(f"{where}: {error}") from None
-        ...
+        known = prompts.setdefault(prompt.prompt_id, prompt)
+        place = places.setdefault(prompt.prompt_id, where)
+        if place != where and known.prompt_id != digest_problem(prompt.question, prompt.choices):
+            raise BadInputError(
+                f"{where} has the id {prompt.prompt_id!r} of {place}: give each row its own id, or "
+                "leave the column out"
+            )
+    if not prompts:
+        raise BadInputError(f"{what} is empty: expected rows with {', '.join(task.columns)}")
     return list(prompts.values())
-
-
-def _counts(parts: dict[Split, list[Prompt]]) -> str:
-    return ", ".join(f"{split} {len(prompts)}" for split, prompts in parts.items())

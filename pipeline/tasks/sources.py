@@ -43,6 +43,11 @@ def find_files(data: str) -> dict[Split, list[UPath]]:
                 f"task.data={data} ends in {path.suffix!r}, expected one of {', '.join(SUFFIXES)}"
             )
         return {"train": [path]}
+    if not path.is_dir():
+        raise BadInputError(
+            f"task.data={data}: nothing is at {path}; give a JSONL, JSON, CSV or Parquet file, a "
+            "folder of train, validation and test files, or the id of a Hugging Face data set"
+        )
     found: dict[Split, list[UPath]] = {}
     for file in sorted(path.iterdir(), key=str):
         split = _SPLIT_NAMES.get(re.split(r"[._-]", file.name)[0].lower())
@@ -112,11 +117,11 @@ def _object(value: Any, where: str) -> Row:
 
 
 def _read_csv(path: UPath, text: str) -> Located:
-    reader = csv.DictReader(io.StringIO(text, newline=""), restkey="")
+    reader = csv.DictReader(io.StringIO(text, newline=""))
     try:
         for row in reader:
             where = f"{path} line {reader.line_num}"
-            if "" in row:
+            if None in row:
                 raise BadInputError(
                     f"{where} has more cells than the header: quote cells that hold a comma"
                 )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from cluster import sections
 from cluster.errors import BadInputError
 from cluster.storage import digest_text
 from pipeline.answers import canonical_answer
@@ -36,8 +37,8 @@ class Task:
     read: Callable[[Row], Problem]
     hub_id: str | None = None
     hub_config: str | None = None
-    # (split, seed, largest operand) -> its prompts in a seeded order; for a task that makes its own
-    generate: Callable[[Split, int, int | None], Iterator[Prompt]] | None = None
+    # (section, split, seed) -> all its prompts in a seeded order; for a task that makes its own
+    generate: Callable[[sections.Task, Split, int], Iterator[Prompt]] | None = None
 
     def prompt(self, raw: Row) -> Prompt:
         """The Prompt of a raw row.
@@ -60,9 +61,8 @@ class Task:
                 f"the gold answer is {problem.gold!r}, expected {self._expected(problem)}: "
                 "correct it, or leave out rows without a gold answer"
             )
-        identity = next((str(row[name]).strip() for name in _ID_COLUMNS if row.get(name)), None)
         return Prompt(
-            prompt_id=identity or digest_problem(problem.question, problem.choices),
+            prompt_id=_given_id(row) or digest_problem(problem.question, problem.choices),
             question=problem.question,
             kind=self.kind,
             gold=gold,
@@ -75,13 +75,18 @@ class Task:
         return "a number" if self.kind == "number" else "yes or no"
 
 
+def _given_id(row: Row) -> str | None:
+    ids = (str(row[column]).strip() for column in _ID_COLUMNS if row.get(column) is not None)
+    return next(filter(None, ids), None)
+
+
 def digest_problem(question: str, choices: Mapping[str, str] | None) -> str:
     """An id for a problem whose data set gives none: of its question, labels and options."""
     return digest_text(question, *(part for item in (choices or {}).items() for part in item))
 
 
 def nested(row: Row, column: str) -> dict[str, Any]:
-    """A column that holds an object: as such, or written out in a CSV's cell (JSON, or Python's)."""
+    """A column that holds an object: as such, or written in a CSV's cell (as JSON or Python)."""
     value = row[column]
     if isinstance(value, str):
         value = _parse(value, column)
@@ -109,9 +114,12 @@ def labelled_texts(row: Row, column: str = "choices") -> dict[str, str]:
     """Options given as {"text": [...], "label": [...]}, as label -> text in the item's order."""
     value = nested(row, column)
     texts, labels = value.get("text"), value.get("label")
-    if not (isinstance(texts, list) and isinstance(labels, list) and len(texts) == len(labels) > 1):
-        raise BadInputError(
-            f'{column} is {value!r}, expected {{"text": [...], "label": [...]}} of one length, '
-            "with two options or more"
-        )
-    return {str(label).strip(): str(text).strip() for label, text in zip(labels, texts, strict=True)}
+    if isinstance(texts, list) and isinstance(labels, list) and len(texts) == len(labels) > 1:
+        pairs = zip(labels, texts, strict=True)
+        options = {str(label).strip(): str(text).strip() for label, text in pairs}
+        if len(options) == len(labels):
+            return options
+    raise BadInputError(
+        f'{column} is {value!r}, expected {{"text": [...], "label": [...]}} of one length, with '
+        "two options or more and no label twice"
+    )

@@ -1,0 +1,84 @@
+"""Tiny models for every test: random weights, a tokenizer of a few hundred tokens, a template."""
+
+from pathlib import Path
+
+import pytest
+
+_TEXTS = [
+    "Tom has 3 pens and buys 5 more. How many pens does he have now?",
+    "He starts with 3 pens. 3 + 5 = 8. The answer is \\boxed{8}.",
+    "Reason step by step, then give the final answer in \\boxed{}.",
+    "Anna had 9 apples and gave 4 away. 9 - 4 = 5, so she has 5 apples left.",
+]
+_TEMPLATE = (
+    "{% for message in messages %}<|start|>{{ message.role }}\n{{ message.content }}<|end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a Llama of two layers; its chat template ends a turn with <|end|>."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(num_key_value_heads=2, **_SHAPE)
+    return _write(tmp_path_factory.mktemp("tiny_llama"), LlamaForCausalLM, config)
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a Gemma 3 whose first layer sees a window of 8 tokens, its second all."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    config = Gemma3TextConfig(
+        num_key_value_heads=1,
+        head_dim=16,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+        **_SHAPE,
+    )
+    return _write(tmp_path_factory.mktemp("tiny_gemma"), Gemma3ForCausalLM, config)
+
+
+_VOCABULARY = 320
+_SHAPE = {
+    "vocab_size": _VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def _write(folder: Path, model_type, config) -> Path:
+    import torch
+
+    torch.manual_seed(0)
+    model_type(config).save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
+    return folder
+
+
+def _tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=_VOCABULARY,
+        special_tokens=["<|pad|>", "<|start|>", "<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(_TEXTS * 4, trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>"
+    )
+    wrapped.chat_template = _TEMPLATE
+    return wrapped

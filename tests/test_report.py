@@ -1,0 +1,166 @@
+import json
+import re
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from cluster import storage
+from cluster.config import parse_config
+from cluster.run_folder import RunFolder
+from evals.accuracy import Answer, answers_table, describe
+from evals.audit import audit_epoch
+from evals.report import write_report
+from evals.table import results_table
+from pipeline.rows import Pair, to_table
+from serving.models import best_epoch, evaluation_name
+
+EVIL = "<script>alert(1)</script> so \\boxed{5}"
+PAIR = Pair(
+    prompt_id="p1",
+    prompt="1 + 3?",
+    chosen="It is \\boxed{4}",
+    rejected=EVIL,
+    chosen_model="t",
+    chosen_epoch=0,
+    rejected_model="s",
+    rejected_epoch=0,
+    rejected_fallback=False,
+    chosen_finished=True,
+    rejected_finished=True,
+)
+NONE = replace(
+    PAIR, rejected=None, rejected_model=None, rejected_epoch=None, rejected_finished=None
+)
+
+
+@pytest.fixture
+def config(tmp_path):
+    raw = {
+        "run": {"folder": str(tmp_path / "run")},
+        "task": {"name": "word_problems"},
+        "teacher": {"model": "big", "few_shot": [{"question": "1 + 1?", "answer": "\\boxed{2}"}]},
+        "student": {"model": "small<b>"},
+        "training": {"epochs": 2},
+    }
+    return parse_config(raw, "test")
+
+
+@pytest.fixture
+def run(config):
+    run = RunFolder(storage.location(config.run.folder))
+    run.root.mkdir(parents=True)
+    storage.write_json(
+        run.root / "environment.json",
+        {"packages": {"ray": "2.60.0"}, "platform": "Linux", "commit": "abc"},
+    )
+    for step in range(1, 5):
+        run.record(stage="train", step=step, epoch=1 + step // 3, loss=2.0 / step, margin=step)
+    for epoch, pairs in ((1, [PAIR, NONE]), (2, [replace(PAIR, rejected_epoch=1), PAIR])):
+        publish(run.checkpoint(epoch), {"config.json": "{}"})
+        folder = storage.staging_folder(run.pairs(epoch))
+        table = to_table(Pair, pairs)
+        storage.write_table(table, storage.location(str(folder / "pairs.parquet")))
+        storage.publish_folder(folder, run.pairs(epoch))
+    for model, right in (("base", 1), ("student-epoch-1", 3), ("student-epoch-2", 2)):
+        write_result(run, model, "test", right)
+    return run
+
+
+def publish(target, files):
+    folder = storage.staging_folder(target)
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    storage.publish_folder(folder, target)
+
+
+def write_result(run, model, split, right):
+    answers = [
+        Answer(f"p{i}", EVIL, "5", "right" if i < right else "unparsed", "stop", None)
+        for i in range(4)
+    ]
+    file = run.evaluation(evaluation_name(model, split))
+    record = {"task": "word_problems", "split": split, "model": model, **describe(answers)}
+    storage.write_json(file, record)
+    storage.write_table(answers_table(answers), file.with_suffix(".parquet"))
+
+
+def test_report_is_one_file_without_script_or_network(run, config):
+    write_report(run, config)
+    page = (run.root / "report.html").read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "small&lt;b&gt;" in page
+    assert "small<b>" not in page
+    assert not re.search(r'(?:src|href)="(?!#)', page)
+    assert page.count("<svg") == 3  # accuracy, loss, margin
+
+
+def test_report_has_results_and_audit(run, config):
+    write_report(run, config)
+    page = " ".join((run.root / "report.html").read_text().split())
+    # p = 3/4, SE = sqrt(3/16 / 4) = 0.2165
+    assert "<td>student after epoch 1</td> <td>75.0 ± 21.7</td>" in page
+    assert "<td>1</td><td>2</td> <td>0.0</td><td>50.0</td> <td>0.0</td><td>50.0</td>" in page
+    assert "<td>2</td><td>2</td> <td>50.0</td><td>50.0</td> <td>0.0</td><td>0.0</td>" in page
+
+
+def test_model_card_has_a_row_a_model(run, config):
+    write_report(run, config)
+    card = (run.root / "README.md").read_text()
+    assert (
+        '| student after epoch 2 (served as "student") | 50.0 ± 25.0 | 50.0 | 100.0 | 4 |' in card
+    )
+    assert "shown 1 worked examples" in card
+    assert "\n\n\n" not in card
+
+
+def test_report_of_a_run_that_has_just_begun(config):
+    run = RunFolder(storage.location(config.run.folder))
+    run.root.mkdir(parents=True)
+    write_report(run, config)
+    assert "Nothing is evaluated yet" in (run.root / "report.html").read_text()
+
+
+def test_a_step_taken_twice_is_drawn_once(run, config):
+    from evals.report import _training_steps
+
+    run.record(stage="train", step=2, epoch=1, loss=9.0, margin=0.0)
+    steps = _training_steps(run)
+    assert [step["step"] for step in steps] == [1, 2, 3, 4]
+    assert steps[1]["loss"] == 9.0
+
+
+def test_table_marks_the_best_epoch(run, config):
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(results_table(run, config))
+    lines = console.export_text().splitlines()
+    assert [line for line in lines if "epoch 2 *" in line]
+    assert [line for line in lines if "75.0 ± 21.7" in line and "25.0" in line]
+
+
+def test_best_epoch_goes_by_validation_and_else_is_the_last(run):
+    assert best_epoch(run, []) is None
+    assert best_epoch(run, [1, 2]) == 2
+    write_result(run, "student-epoch-1", "validation", 3)
+    assert best_epoch(run, [1, 2]) == 2  # epoch 2 is not known yet
+    write_result(run, "student-epoch-2", "validation", 2)
+    assert best_epoch(run, [1, 2]) == 1
+    write_result(run, "student-epoch-2", "validation", 3)
+    assert best_epoch(run, [1, 2]) == 1  # of equals, the one that was trained less
+
+
+def test_audit_tells_fallback_from_a_drawn_base_negative():
+    latest = replace(PAIR, rejected_epoch=2)
+    fallback = replace(PAIR, rejected_fallback=True)
+    audit = audit_epoch(3, [latest, latest, PAIR, fallback, NONE])
+    assert (audit.pairs, audit.latest, audit.base, audit.fallback, audit.none) == (5, 2, 1, 1, 1)
+    # In the first epoch the base student is the latest; it counts as base.
+    assert audit_epoch(1, [PAIR]).base == 1
+
+
+def test_results_are_json_numbers(run):
+    result = json.loads(run.evaluation("base_test").read_text())
+    assert result["accuracy"] == 0.25
+    assert result["accuracy_given_parsed"] == 1.0
+    assert result["unparsed"] == 0.75

@@ -1,0 +1,212 @@
+"""What each Ray Train worker does: every epoch's steps, its checkpoint, and the wait for pairs."""
+
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cluster import storage
+from cluster.config import RunConfig
+from cluster.errors import RunError
+from cluster.progress import attach, progress
+from cluster.run_folder import RunFolder
+from pipeline.chat import Chat, load_chat
+from pipeline.logprobs import shares_prompts
+from pipeline.models import resolve_model
+from pipeline.rows import Pair, from_table
+from training.batches import TokenPair, count_batch, global_batches, micro_batches, tokenize_pair
+from training.checkpoints import gather_weights, write_checkpoint
+from training.engine import Engine, load_student, use_threads
+from training.finite import FiniteCheck
+from training.optimizer_state import load_state, save_state
+from training.schedule import count_steps, learning_rate
+from training.step import accumulate, collate_pairs, describe_step
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What the driver hands to every worker."""
+
+    run: RunFolder
+    config: RunConfig
+    resampler: Any  # actor handle with prepare_epoch(epoch)
+    board: Any  # actor handle of cluster.progress.Board, or None
+    epochs_done: int  # the last epoch with a published checkpoint and trainer state
+
+
+def train_worker(settings: dict[str, Assignment]) -> None:
+    """Train all epochs that are left. Runs on every worker."""
+    import ray.train
+
+    context = ray.train.get_context()
+    assignment = settings["assignment"]
+    if not torch.cuda.is_available():
+        use_threads(assignment.config.training, context.get_local_world_size())
+    attach(assignment.board)
+    Worker(assignment, context.get_world_rank(), context.get_world_size()).train()
+
+
+class Worker:
+    """One worker's model, its place among the workers, and the schedule that all share."""
+
+    def __init__(self, assignment: Assignment, rank: int, workers: int) -> None:
+        self.run, self.config = assignment.run, assignment.config
+        self.assignment, self.rank, self.workers = assignment, rank, workers
+        self.training = self.config.training
+        # A group of its own for what the CPU decides; it also has barriers with a time limit.
+        self.control = dist.new_group(backend="gloo", timeout=self._patience)
+        self.base = resolve_model(self.config.student.model)
+        student = self.config.student
+        self.chat: Chat = load_chat(self.base, student.chat_template, student.trust_remote_code)
+        self.pairs_per_epoch = len(self._read_pairs(1))
+        self.steps = count_steps(self.pairs_per_epoch, self.training.global_batch)
+        torch.manual_seed(self.config.run.seed)
+        model = load_student(self.base, self.config)
+        self.share_prompts = shares_prompts(model.config)
+        self.engine = Engine(model, self.training, workers)
+        self.finite = FiniteCheck(model.parameters())
+        self._resume()
+
+    @property
+    def _patience(self) -> timedelta:
+        return timedelta(seconds=self.training.resample_timeout_s)
+
+    def _resume(self) -> None:
+        done = self.assignment.epochs_done
+        if done:
+            saved = storage.fetch_folder(self.run.trainer_state(done), storage.cache_folder())
+            step = load_state(self.engine, saved)
+            assert step == done * self.steps, f"state of step {step}, expected {done * self.steps}"
+
+    def train(self) -> None:
+        """Train every epoch that is left."""
+        for epoch in range(self.assignment.epochs_done + 1, self.training.epochs + 1):
+            self._await_pairs(epoch)
+            self._train_epoch(epoch)
+            self._publish(epoch)
+
+    def _await_pairs(self, epoch: int) -> None:
+        if self.rank == 0 and not storage.is_published(self.run.pairs(epoch)):
+            self._ask_for_pairs(epoch)
+        try:
+            dist.monitored_barrier(self.control, timeout=self._patience)
+        except RuntimeError as error:
+            raise RunError(
+                f"worker {self.rank} waited {self._patience} for the pairs of epoch {epoch}: "
+                f"{error}. Look for the resampler's error in {self.run.log_file}, or raise "
+                "training.resample_timeout_s"
+            ) from None
+
+    def _ask_for_pairs(self, epoch: int) -> None:
+        import ray
+
+        # A little less than what the others wait, so that the reason comes from here.
+        limit = 0.95 * self.training.resample_timeout_s
+        try:
+            ray.get(self.assignment.resampler.prepare_epoch.remote(epoch), timeout=limit)
+        except ray.exceptions.GetTimeoutError:
+            raise RunError(
+                f"the pairs of epoch {epoch} did not come within {limit:.0f} s: raise "
+                "training.resample_timeout_s, or add engines (engines.max_engines)"
+            ) from None
+
+    def _read_pairs(self, epoch: int) -> list[Pair]:
+        return from_table(Pair, storage.read_table(self.run.pairs(epoch)))
+
+    def _train_epoch(self, epoch: int) -> None:
+        pairs = self._read_pairs(epoch)
+        if len(pairs) != self.pairs_per_epoch:
+            raise RunError(
+                f"epoch {epoch} has {len(pairs)} pairs, expected {self.pairs_per_epoch} as in "
+                f"epoch 1, on which the learning rate's schedule rests: look at {self.run.pairs(1)}"
+            )
+        # Dropout then repeats in a run that was interrupted.
+        torch.manual_seed(Random(f"{self.config.run.seed}/{epoch}/{self.rank}").getrandbits(63))
+        size, seed = self.training.global_batch, self.config.run.seed
+        title = f"epoch {epoch}/{self.training.epochs}"
+        shown = self.rank == 0 and self.assignment.board is not None
+        with progress(title, self.steps) if shown else nullcontext() as bar:
+            for number, indices in enumerate(global_batches(len(pairs), size, seed, epoch), 1):
+                figures = self._step(epoch, number, [pairs[index] for index in indices])
+                if self.rank == 0:
+                    self.run.record(stage="train", epoch=epoch, **figures)
+                if bar:
+                    bar.advance(1, **{name: figures[name] for name in ("loss", "margin")})
+
+    def _step(self, epoch: int, number: int, pairs: list[Pair]) -> dict[str, float]:
+        started, training = time.monotonic(), self.training
+        step = (epoch - 1) * self.steps + number
+        contrast = training.method == "orpo"
+        batch = [tokenize_pair(pair, self.chat, training.max_length, contrast) for pair in pairs]
+        counts = count_batch(batch, training.nll_scope == "full")
+        sums = self._forward_backward(batch, counts)
+        self._stop_if_not_finite(step)
+        dist.all_reduce(sums, group=self.control)
+        total = self.steps * training.epochs
+        rate = learning_rate(step, total, training.learning_rate, training.warmup_share)
+        norm = self.engine.step(rate)
+        figures = describe_step(sums, counts, training)
+        speed = figures.pop("tokens") / (time.monotonic() - started)
+        return (
+            {"step": step, "steps": total}
+            | figures
+            | {
+                "grad_norm": norm,
+                "learning_rate": rate,
+                "tokens_per_second": speed,
+            }
+        )
+
+    def _forward_backward(self, batch: list[TokenPair], counts: Any) -> torch.Tensor:
+        training = self.training
+        collator = partial(
+            collate_pairs,
+            pad_id=self.chat.pad_id,
+            share_prompts=self.share_prompts,
+            score_prompt=training.nll_scope == "full",
+        )
+
+        def backward(loss: torch.Tensor, micro: Any) -> None:
+            self.engine.backward(loss)
+            self.finite.add(loss, micro)
+
+        share = micro_batches(batch, training.micro_batch, self.workers, self.rank)
+        return accumulate(self.engine.scorer, share, counts, training, collator, backward)
+
+    def _stop_if_not_finite(self, step: int) -> None:
+        gathered: list[Any] = [None] * self.workers
+        dist.all_gather_object(gathered, self.finite.offenders(), group=self.control)
+        prompt_ids = [prompt_id for found in gathered for prompt_id in found]
+        if prompt_ids:
+            raise RunError(
+                f"step {step}: the loss or a gradient is not finite, so the step was not taken. "
+                f"The pairs are among those of prompts {', '.join(prompt_ids)}: look at them in "
+                f"{self.run.root / 'pairs'}, lower training.learning_rate, or set "
+                "training.odds_gradient_cap"
+            )
+
+    def _publish(self, epoch: int) -> None:
+        """Publish state, then checkpoint: an epoch is done once both are there."""
+        first = self.rank == 0
+        last = epoch == self.training.epochs
+        if not last:
+            target = self.run.trainer_state(epoch)
+            staging = storage.staging_folder(target) if first else Path()
+            save_state(self.engine, staging, epoch * self.steps, write=first)
+            if first:
+                storage.publish_folder(staging, target)
+        weights = gather_weights(self.engine.model, keep=first)
+        if first:
+            target = self.run.checkpoint(epoch)
+            staging = storage.staging_folder(target)
+            write_checkpoint(staging, self.base, weights, self.chat)
+            storage.publish_folder(staging, target)
+            for earlier in range(1, epoch + last):
+                storage.discard_folder(self.run.trainer_state(earlier))
