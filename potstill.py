@@ -12,6 +12,7 @@ from cluster.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, BadInputError, RunE
 from cluster.progress import console, hush, say, watched_board
 from cluster.run_folder import RunFolder, open_run
 from cluster.session import ray_session
+from cluster.storage import cache_folder, location
 
 app = typer.Typer(
     help="Distil large language models into small ones on a Ray cluster.",
@@ -60,16 +61,15 @@ def _preflight(config: RunConfig) -> None:
 
 
 def _distil(folder: RunFolder, config: RunConfig) -> None:
-    from training.stage import train
-
     from evals.stage import evaluate
     from pipeline.resampler import start_resampler
+    from training.stage import train
 
     hush(folder.log_file)
     with ray_session(config), watched_board() as board:
         resampler = start_resampler(folder, config, board)
         _wait_for(resampler.prepare_epoch.remote(1))
-        train(folder, config, resampler)
+        train(folder, config, resampler, board)
         _wait_for(resampler.release.remote())
         evaluate(folder, config)
 
@@ -79,7 +79,7 @@ def _finish(folder: RunFolder, config: RunConfig) -> None:
     from evals.table import results_table
 
     write_report(folder, config)
-    console().print(results_table(folder))
+    console().print(results_table(folder, config))
     say(f"report: {folder.root / 'report.html'}")
     say(f"serve:  potstill serve {folder.root}")
     say('ask:    potstill ask "Tom has 3 pens and gets 5 more. How many pens has Tom now?"')
@@ -100,12 +100,11 @@ def _wait_for(reference: object) -> object:
 @app.command()
 def serve(run: RunPath) -> None:
     """Serve base, teacher and every epoch's student of a run, until Ctrl-C."""
-    from serving.app import serve_run
+    from serving.stage import serve as serve_models
 
     folder, config = _existing(run)
     hush(folder.log_file)
-    with ray_session(config):
-        serve_run(folder, config)
+    serve_models(folder, config)
 
 
 @app.command()
@@ -113,23 +112,43 @@ def ask(
     question: Annotated[str, typer.Argument(help="What to ask.")],
     model: Annotated[str, typer.Option(help="A model id of the endpoint.")] = "student",
     url: Annotated[str, typer.Option(help="The endpoint.")] = "http://127.0.0.1:8000/v1",
+    kind: Annotated[
+        str | None, typer.Option(help="Word it as in training: number, choice or boolean.")
+    ] = None,
 ) -> None:
     """Ask a served model a question, and stream its answer."""
+    from pipeline.rows import parse_kind
     from serving.client import ask as ask_model
 
-    ask_model(url, question, model)
+    ask_model(url, question, model, kind=parse_kind(kind))
 
 
 @app.command("eval")
-def evaluate_model(
+def evaluate_one(
     model: Annotated[str, typer.Option(help="A model folder, or an OpenAI-style URL.")],
     task: Annotated[str, typer.Option(help="A task, such as gsm8k.")],
     data: Annotated[str | None, typer.Option(help="Its data: an id, a file or a folder.")] = None,
+    model_name: Annotated[str | None, typer.Option(help="The model id to ask a URL for.")] = None,
+    prompts: Annotated[int | None, typer.Option(help="How many prompts; all by default.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 512,
+    chat_template: Annotated[str | None, typer.Option(help="A folder's template.")] = None,
+    answers: Annotated[Path | None, typer.Option(help="Write the answers here.")] = None,
 ) -> None:
     """Evaluate a model on a task; the last line is one JSON object."""
-    from evals.stage import evaluate_anything
+    from evals.single import SingleEvaluation, evaluate_model
 
-    print(json.dumps(evaluate_anything(model, task, data)))
+    hush(cache_folder() / "logs" / "eval.log")
+    wanted = SingleEvaluation(
+        model=model,
+        task=task,
+        data=data,
+        model_name=model_name,
+        prompts=prompts,
+        max_new_tokens=max_new_tokens,
+        chat_template=chat_template,
+        answers=answers,
+    )
+    say(json.dumps(evaluate_model(wanted)))
 
 
 @models_app.command("prepare")
@@ -157,8 +176,6 @@ def status(run: RunPath) -> None:
 
 
 def _existing(run: str) -> tuple[RunFolder, RunConfig]:
-    from cluster.storage import location
-
     folder = RunFolder(location(run))
     return folder, folder.load_config()
 

@@ -137,7 +137,7 @@ def _bars() -> Progress:
         TextColumn("eta"),
         TimeRemainingColumn(),
         console=console(),
-        transient=False,
+        speed_estimate_period=600,
     )
 
 

@@ -1,10 +1,12 @@
 """The rows that pass between stages, each a frozen dataclass beside its Parquet schema."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, TypeVar
+from dataclasses import asdict, dataclass
+from typing import Literal, TypeVar
 
 import pyarrow as pa
+
+from cluster.errors import BadInputError
 
 Kind = Literal["number", "choice", "boolean"]
 Verdict = Literal["right", "wrong", "unparsed"]
@@ -139,6 +141,14 @@ def from_table(row_type: type[Row], table: pa.Table) -> list[Row]:
     return [row_type(**row) for row in table.to_pylist()]
 
 
-def column_names(row_type: type[Any]) -> list[str]:
-    """The names of a row type's fields, in order."""
-    return [field.name for field in fields(row_type)]
+def parse_kind(text: str | None) -> Kind | None:
+    """A kind by its name. Raises BadInputError for any other text."""
+    kinds: dict[str | None, Kind | None] = {
+        None: None,
+        "number": "number",
+        "choice": "choice",
+        "boolean": "boolean",
+    }
+    if text not in kinds:
+        raise BadInputError(f"kind={text!r}: expected number, choice or boolean")
+    return kinds[text]

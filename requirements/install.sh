@@ -55,9 +55,9 @@ fail() {
 
 if [ ! -x .venv/bin/python ]; then
     python=$(find_python)
+    echo "Making .venv and installing into it: 3 to 10 minutes, and 4 GB (CPU) or 12 GB (CUDA) of disk"
     "$python" -m venv .venv
 fi
-echo "Installing into .venv (the first time: 3 to 10 minutes, 4 GB)"
 for name in "$@"; do
     lock=requirements/$name.txt
     torch=$(grep '^torch==.*+cpu$' "$lock" || true)

@@ -1,8 +1,12 @@
 """Tiny models for every test: random weights, a tokenizer of a few hundred tokens, a template."""
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Tiny models on busy cores: threads that wait for one another cost more than they bring.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _TEXTS = [
     "Tom has 3 pens and buys 5 more. How many pens does he have now?",

@@ -72,7 +72,7 @@ def endpoint():
 
     def start(reply):
         server = FakeEndpoint(reply)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         servers.append(server)
         return server
 

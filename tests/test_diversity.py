@@ -26,6 +26,7 @@ def plainly_kept(texts: list[str], largest: float) -> list[int]:
     return kept
 
 
+@settings(deadline=None)
 @given(TEXTS | strategies.text(), TEXTS | strategies.text())
 @example("", "")
 @example("a b c d e", "a b c d x")  # on the border, 0.8
@@ -39,7 +40,7 @@ def test_the_score_is_that_of_rouge_score(target, prediction):
     assert rouge_l(first, second) == peer_score(target, prediction)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(
     strategies.lists(TEXTS | strategies.text(max_size=5), max_size=8),
     strategies.sampled_from([0.0, 0.5, 2 / 3, 0.8, 0.9, 1.0]),
@@ -84,4 +85,4 @@ def test_thirty_two_long_traces_take_no_time():
     texts = [" ".join(generator.choices(vocabulary, k=500)) for _ in range(32)]
     start = time.perf_counter()
     assert keep_diverse(texts) == list(range(32))
-    assert time.perf_counter() - start < 1  # 0.03 s here; the peer takes 30
+    assert time.perf_counter() - start < 5  # 0.03 s here; rouge-score takes a minute

@@ -1,3 +1,4 @@
+import io
 import json
 import re
 from dataclasses import replace
@@ -132,7 +133,7 @@ def test_a_step_taken_twice_is_drawn_once(run, config):
 
 
 def test_table_marks_the_best_epoch(run, config):
-    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=160, record=True, file=io.StringIO())
     console.print(results_table(run, config))
     lines = console.export_text().splitlines()
     assert [line for line in lines if "epoch 2 *" in line]
