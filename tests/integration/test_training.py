@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import ray
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from upath import UPath
 
 from cluster import storage
@@ -80,7 +82,7 @@ def _config(folder: Path, model: Path, **training) -> RunConfig:
         "epochs": 2,
         "global_batch": 4,
         "micro_batch": 4,
-        "learning_rate": 1e-2,
+        "learning_rate": 2e-3,
         "precision": "fp32",
         "threads_per_worker": 1,
         "resample_timeout_s": 120,
@@ -128,6 +130,156 @@ def reference(tmp_path_factory, tiny_llama) -> RunFolder:
     return _train(tmp_path_factory.mktemp("reference"), tiny_llama)
 
 
-def test_smoke(reference):
-    print((reference.root / "metrics.jsonl").read_text())
-    assert storage.is_published(reference.checkpoint(2))
+LAYOUTS = {
+    "four micro-batches": {"micro_batch": 1},
+    "two workers": {"workers": 2, "micro_batch": 1},
+    "two workers, ZeRO-2": {"workers": 2, "micro_batch": 2, "zero_stage": 2},
+    "two workers, ZeRO-3": {"workers": 2, "micro_batch": 1, "zero_stage": 3},
+    "checkpointing, offload": {
+        "gradient_checkpointing": True,
+        "zero_stage": 1,
+        "offload": "optimizer",
+    },
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_change_neither_losses_nor_weights(layout, reference, tiny_llama, tmp_path):
+    run = _train(tmp_path, tiny_llama, **LAYOUTS[layout])
+    for ours, theirs in zip(_metrics(run), _metrics(reference), strict=True):
+        for name in ("loss", "nll", "odds_ratio", "margin", "learning_rate", "chosen_logp"):
+            assert ours[name] == pytest.approx(theirs[name], abs=1e-5), (ours["step"], name)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+    _assert_same_weights(_weights(run, 2), _weights(reference, 2), atol=1e-5)
+
+
+def test_the_loss_falls_and_a_line_is_recorded_for_each_step(reference):
+    lines = _metrics(reference)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["epoch"] for line in lines] == [1, 1, 1, 2, 2, 2]
+    assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
+    assert lines[-1]["learning_rate"] < lines[3]["learning_rate"] < lines[0]["learning_rate"]
+    assert sum(line["without_negative"] for line in lines) == 2 * 2
+    assert all(line["tokens_per_second"] > 0 and 0 <= line["padding"] < 0.5 for line in lines)
+
+
+def test_a_checkpoint_is_an_ordinary_model_and_only_it_is_kept(reference, tiny_llama):
+    folder = str(reference.checkpoint(2))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(tiny_llama).chat_template
+    assert tokenizer.convert_tokens_to_ids("<|end|>") in model.generation_config.eos_token_id
+    for name, tensor in _weights(reference, 2).items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, atol=0, rtol=0)
+    assert model.dtype == torch.float32
+    assert not reference.trainer_state(1).exists()
+    assert not list(reference.root.glob("*/.staging*/*"))
+
+
+def test_training_goes_on_from_the_last_checkpoint_as_if_never_stopped(
+    reference, tiny_llama, tmp_path
+):
+    run, config = RunFolder(UPath(tmp_path)), _config(tmp_path, tiny_llama)
+    _publish_pairs(run, 1)
+    with pytest.raises(RunError, match="epoch 2 has 5 pairs, expected 11"):
+        train(run, config, WritesPairs.remote(run, {2: 5}))
+    assert epochs_done(run, 2) == 1
+    storage.discard_folder(run.pairs(2))
+    train(run, config, WritesPairs.remote(run))
+    assert [line["step"] for line in _metrics(run)] == [1, 2, 3, 4, 5, 6], "trained a step twice"
+    _assert_same_weights(_weights(run, 2), _weights(reference, 2), atol=1e-6)
+    train(run, config, resampler=None)  # all is there: nothing starts
+    assert len(_metrics(run)) == 6
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_may_go_on_with_other_workers_and_another_zero_stage(
+    precision, reference, tiny_llama, tmp_path
+):
+    run = RunFolder(UPath(tmp_path))
+    _publish_pairs(run, 1)
+    before = _config(tmp_path, tiny_llama, workers=2, micro_batch=2, zero_stage=3)
+    before = _with(before, precision=precision)
+    with pytest.raises(RunError, match="epoch 2 has 5 pairs"):
+        train(run, before, WritesPairs.remote(run, {2: 5}))
+    storage.discard_folder(run.pairs(2))
+    train(run, _with(_config(tmp_path, tiny_llama), precision=precision), WritesPairs.remote(run))
+    # bf16 rounds weights and activations to 8 bits; what must agree is the course of the run.
+    accuracy = {"fp32": 1e-5, "bf16": 0.05}[precision]
+    for ours, theirs in zip(_metrics(run), _metrics(reference), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=accuracy), ours["step"]
+    if precision == "fp32":
+        _assert_same_weights(_weights(run, 2), _weights(reference, 2), atol=1e-5)
+    assert {w.dtype for w in _weights(run, 2).values()} == {DTYPES[precision]}
+
+
+def _with(config: RunConfig, **training) -> RunConfig:
+    return config.model_copy(update={"training": config.training.model_copy(update=training)})
+
+
+def test_sft_learns_without_negatives(tiny_gemma, tmp_path):
+    run = _train(tmp_path, tiny_gemma, method="sft", epochs=1, learning_rate=5e-3)
+    lines = _metrics(run)
+    assert all(line["odds_ratio"] == 0 and line["loss"] == line["nll"] for line in lines)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert AutoModelForCausalLM.from_pretrained(str(run.checkpoint(1))).config.model_type == (
+        "gemma3_text"
+    )
+
+
+def test_a_lora_checkpoint_is_merged_into_an_ordinary_model(tiny_llama, tmp_path):
+    run = _train(tmp_path, tiny_llama, lora={"rank": 8, "alpha": 64}, learning_rate=3e-2, epochs=3)
+    lines = _metrics(run)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert not any("lora" in name for name in _weights(run, 3))
+    # The merged weights carry on exactly where training saw the adapters: epoch 3's first loss is
+    # that of checkpoint 2 on epoch 3's first batch.
+    assert _first_loss(run, tiny_llama, 3) == pytest.approx(lines[6]["loss"], abs=1e-5)
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama).state_dict()
+    changed = {n for n, w in _weights(run, 3).items() if not torch.equal(w, base[n])}
+    assert changed == {n for n in _weights(run, 3) if "_proj" in n}, "norms and embeddings stay"
+
+
+def test_a_checkpoint_has_the_log_probabilities_that_training_saw(reference, tiny_llama):
+    assert _first_loss(reference, tiny_llama, 2) == pytest.approx(
+        _metrics(reference)[3]["loss"], abs=1e-5
+    )
+
+
+def _first_loss(run: RunFolder, model: Path, epoch: int) -> float:
+    """The loss of an epoch's first batch under the checkpoint of the epoch before."""
+    training = _config(Path(), model).training
+    student = AutoModelForCausalLM.from_pretrained(str(run.checkpoint(epoch - 1)))
+    chat = load_chat(model)
+    first = global_batches(PAIRS, training.global_batch, seed=3, epoch=epoch)[0]
+    pairs = [tokenize_pair(_pair(n, epoch), chat, 1024, contrast=True) for n in first]
+    counts = count_batch(pairs, score_prompt=False)
+    batch = collate_pairs(pairs, chat.pad_id, share_prompts=False, score_prompt=False)
+    with torch.no_grad():
+        logps = ResponseLogProbs(student)(batch.tokens)
+    return pair_losses(logps, batch, counts, training)[0].item()
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_pair(tiny_llama, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_llama, broken)
+    weights = load_file(broken / "model.safetensors")
+    nine = AutoTokenizer.from_pretrained(tiny_llama).convert_tokens_to_ids("Z")
+    weights["model.embed_tokens.weight"][nine] = float("inf")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    run = RunFolder(UPath(tmp_path / "run"))
+    _publish_pairs(run, 1)
+    config = _config(tmp_path / "run", broken, workers=2, micro_batch=1)
+    with pytest.raises(RunError, match=r"step 1: .* not finite"):
+        train(run, config, WritesPairs.remote(run))
+    assert not storage.is_published(run.checkpoint(1))
+    assert not (run.root / "metrics.jsonl").exists()
+
+
+def test_workers_do_not_wait_for_pairs_for_ever(tiny_llama, tmp_path):
+    run = RunFolder(UPath(tmp_path))
+    _publish_pairs(run, 1)
+    config = _config(tmp_path, tiny_llama, workers=2, micro_batch=1, resample_timeout_s=15)
+    with pytest.raises(RunError, match=r"pairs of epoch 2 did not come within 14 s: raise"):
+        train(run, config, WritesPairs.remote(run, delay=60))
+    assert epochs_done(run, 2) == 1, "what was trained before is not lost"

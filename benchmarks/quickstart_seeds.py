@@ -1,0 +1,96 @@
+"""What the quickstart teaches, over seeds, beside the arm that learns from the NLL alone.
+
+    python benchmarks/quickstart_seeds.py --seeds 0 1 2 --out benchmarks/quickstart_seeds.md
+
+Both arms of a seed share their teacher's samples through the store. Runs that are there are
+reused, so that it goes on where it was stopped.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+from cluster.run_folder import describe_environment
+from evals.statistics import mean_and_standard_error
+
+ROOT = Path(__file__).parents[1]
+ARMS = {"mixed-policy ORPO": "orpo", "NLL alone (SFT)": "sft"}
+
+
+def run_arm(seed: int, method: str, work: Path) -> Path:
+    folder = work / f"{method}_{seed}"
+    options = [
+        f"run.seed={seed}",
+        f"run.folder={folder}",
+        f"run.store={work / 'store'}",
+        f"training.method={method}",
+    ]
+    started = time.monotonic()
+    command = [sys.executable, "potstill.py", "run", "configs/quickstart.yaml", *options]
+    subprocess.run(command, cwd=ROOT, check=True)
+    (folder / "wall_seconds.txt").open("a").write(f"{time.monotonic() - started:.0f}\n")
+    return folder
+
+
+def results(folder: Path) -> dict[str, dict]:
+    files = (folder / "evals").glob("*test*.json")
+    found = [json.loads(file.read_text()) for file in files]
+    return {result["model"]: result for result in found}
+
+
+def row(label: str, measured: list[dict]) -> str:
+    def cell(field: str) -> str:
+        values = [100 * one[field] for one in measured if one[field] is not None]
+        if not values:
+            return "–"
+        mean, error = mean_and_standard_error(values)
+        return f"{mean:.1f} ± {error:.1f}"
+
+    each = ", ".join(f"{100 * one['accuracy']:.1f}" for one in measured)
+    fields = " | ".join(cell(name) for name in ("accuracy", "unparsed", "accuracy_given_parsed"))
+    return f"| {label} | {fields} | {each} |"
+
+
+def report(by_arm: dict[str, list[Path]]) -> str:
+    lines = [
+        "| model | accuracy | unparsed | accuracy if parsed | accuracy of each seed |",
+        "|---|---|---|---|---|",
+    ]
+    first = [results(folder) for folder in next(iter(by_arm.values()))]
+    lines += [row(name, [one[name] for one in first]) for name in ("base", "teacher")]
+    for arm, folders in by_arm.items():
+        found = [results(folder) for folder in folders]
+        students = sorted(name for name in found[0] if name.startswith("student"))
+        lines += [row(f"{arm}, {name}", [one[name] for one in found]) for name in students]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "quickstart_seeds")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "quickstart_seeds.md")
+    options = parser.parse_args()
+    work = options.work.absolute()
+    by_arm: dict[str, list[Path]] = {arm: [] for arm in ARMS}
+    for seed in options.seeds:
+        for arm, method in ARMS.items():
+            by_arm[arm].append(run_arm(seed, method, work))
+    environment = describe_environment()
+    versions = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
+    n = next(iter(results(by_arm["mixed-policy ORPO"][0]).values()))["n"]
+    options.out.write_text(
+        f"# The quickstart over {len(options.seeds)} seeds\n\n"
+        f"{date.today()}, commit {environment['commit']}, {versions}.\n\n"
+        f"    python benchmarks/quickstart_seeds.py --seeds {' '.join(map(str, options.seeds))}\n\n"
+        f"Percent, greedy, n = {n} test problems a seed; mean ± standard error over seeds.\n\n"
+        f"{report(by_arm)}\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

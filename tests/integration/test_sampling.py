@@ -1,0 +1,171 @@
+"""Sampling with the real engines: Ray, Ray Data, Ray Serve and vLLM on a CPU, on tiny models."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.config import parse_config
+from cluster.errors import RunError
+from cluster.run_folder import open_run
+from cluster.session import ray_session
+from cluster.storage import location, read_table
+from pipeline.engine import release_engines
+from pipeline.resampler import MixedPolicyResampler
+from pipeline.rows import Pair, Sample, from_table
+from pipeline.sampling import make_writer, sample
+from pipeline.store import SampleStore
+from pipeline.tasks import load_prompts
+
+pytestmark = pytest.mark.integration
+
+PROMPTS = 6
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, tiny_llama):
+    folder = tmp_path_factory.mktemp("sampling")
+    return parse_config(
+        {
+            "run": {"folder": str(folder / "run"), "store": str(folder / "store")},
+            "task": {"name": "word_problems", "train_prompts": PROMPTS},
+            "teacher": {"model": str(tiny_llama)},
+            "student": {"model": str(tiny_llama)},
+            "sampling": {"samples": 3, "max_new_tokens": 16},
+            "engines": {
+                "max_model_len": 512,
+                "kv_cache_gib": 0.2,
+                "enforce_eager": True,
+                "batch_rows": 4,
+            },
+            "serving": {"max_model_len": 512, "port": 18231},
+        },
+        "test",
+    )
+
+
+@pytest.fixture(scope="module")
+def session(config):
+    with ray_session(config):
+        yield
+        release_engines()
+
+
+@pytest.fixture(scope="module")
+def prompts(config):
+    return load_prompts(config.task, "train", 0)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return SampleStore(location(str(tmp_path / "store")))
+
+
+def writer(config, folder, prompts):
+    return make_writer("student", Path(folder), config.student, config, prompts[0].kind)
+
+
+def by_key(samples: list[Sample]) -> dict[str, Sample]:
+    return {row.key: row for row in samples}
+
+
+def with_options(config, **sections):
+    raw = config.model_dump(mode="json")
+    for section, options in sections.items():
+        raw[section] = {**raw[section], **options}
+    return parse_config(raw, "test")
+
+
+@pytest.mark.usefixtures("session")
+def test_samples_are_keyed_seeded_and_never_drawn_twice(
+    config, tiny_llama, prompts, store, tmp_path
+):
+    student = writer(config, tiny_llama, prompts)
+    first = sample(student, prompts, config, store, on_gpu=False)
+    assert len(by_key(first)) == PROMPTS * 3
+    assert {row.error for row in first} == {None}
+    assert {row.prompt_id for row in first} == {prompt.prompt_id for prompt in prompts}
+    assert len({row.text for row in first}) > PROMPTS  # the K samples of a prompt differ
+
+    files = set((tmp_path / "store").rglob("*.parquet"))
+    assert by_key(sample(student, prompts, config, store, on_gpu=False)) == by_key(first)
+    assert set((tmp_path / "store").rglob("*.parquet")) == files
+
+    # Other batches and another order give the same texts: the seed is the sample's own.
+    elsewhere = SampleStore(location(str(tmp_path / "elsewhere")))
+    other = with_options(config, engines={"batch_rows": 5})
+    again = sample(student, prompts[::-1], other, elsewhere, on_gpu=False)
+    assert {key: row.text for key, row in by_key(again).items()} == {
+        key: row.text for key, row in by_key(first).items()
+    }
+
+
+@pytest.mark.usefixtures("session")
+def test_a_larger_k_samples_only_what_is_missing(config, tiny_llama, prompts, store):
+    student = writer(config, tiny_llama, prompts)
+    few = by_key(sample(student, prompts[:2], config, store, on_gpu=False))
+    more = with_options(config, sampling={"samples": 5})
+    many = by_key(sample(student, prompts[:2], more, store, on_gpu=False))
+    assert len(many) == 10
+    assert few.items() <= many.items()
+
+
+@pytest.mark.usefixtures("session")
+def test_a_warm_engine_takes_new_weights(config, tiny_llama, tmp_path, prompts, store):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    for parameter in model.parameters():
+        parameter.data.mul_(1.5)
+    changed = tmp_path / "changed"
+    model.save_pretrained(changed)
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(changed)
+
+    old, new = writer(config, tiny_llama, prompts), writer(config, changed, prompts)
+    assert old.weights.architecture == new.weights.architecture
+    before = sample(old, prompts, config, store, on_gpu=False)
+    after = sample(new, prompts, config, store, on_gpu=False)
+    assert {row.model for row in after} == {new.weights.digest}
+    assert {row.key for row in before}.isdisjoint(row.key for row in after)
+    assert {row.text for row in before} != {row.text for row in after}
+    # Back to the old weights: the same seeds give the same texts as before.
+    fresh = SampleStore(location(str(tmp_path / "fresh")))
+    back = by_key(sample(old, prompts, config, fresh, on_gpu=False))
+    assert {key: row.text for key, row in back.items()} == {
+        key: row.text for key, row in by_key(before).items()
+    }
+
+
+@pytest.mark.usefixtures("session")
+def test_a_prompt_too_long_is_a_row_with_its_error(config, tiny_llama, prompts, store):
+    long = replace(prompts[0], prompt_id="long", question="many words " * 400)
+    tolerant = with_options(config, sampling={"max_error_share": 0.5})
+    student = writer(config, tiny_llama, prompts)
+    rows = sample(student, [*prompts[:2], long], tolerant, store, on_gpu=False)
+    assert [row.prompt_id for row in rows if row.error] == ["long"] * 3
+    assert "leaves room for" in next(row.error for row in rows if row.error)
+    with pytest.raises(RunError, match=r"3 of 9 samples failed.*max_error_share=0.01"):
+        sample(student, [*prompts[:2], long], config, store, on_gpu=False)
+
+
+@pytest.mark.usefixtures("session")
+def test_the_resampler_goes_on_from_files_alone(config, monkeypatch):
+    # A tiny random model is never right, so the verdicts are set by hand here.
+    monkeypatch.setattr(
+        "pipeline.grading.grade", lambda text, *_: "right" if len(text) % 2 else "wrong"
+    )
+    run = open_run(config)
+    counts = MixedPolicyResampler(run, config).prepare_epoch(1)
+    pairs = from_table(Pair, read_table(run.pairs(1)))
+    assert counts["pairs"] == len(pairs) > 0
+    assert {pair.rejected_epoch for pair in pairs} <= {0, None}
+    assert all("boxed" in pair.prompt for pair in pairs)  # the prompt with its instruction
+    recorded = (run.root / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["stage"] for line in recorded] == ["sample", "sample", "pairs"]
+
+    # Another resampler finds the pairs there, and samples nothing.
+    assert MixedPolicyResampler(run, config).prepare_epoch(1) == counts
+    assert (run.root / "metrics.jsonl").read_text().splitlines() == recorded
+    assert yaml.safe_load(run.config_file.read_text())["sampling"]["samples"] == 3
