@@ -25,6 +25,8 @@ app = typer.Typer(
 models_app = typer.Typer(help="Prepare models that travel as packages.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
 
+_SIGINT_EXIT = 130  # what Typer makes of Ctrl-C
+
 Config = Annotated[Path, typer.Argument(help="A recipe, such as configs/quickstart.yaml.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Options to change: section.key=value ...")
@@ -219,14 +221,16 @@ def _existing(run: str) -> tuple[RunFolder, RunConfig]:
 def main() -> None:
     """Run the command line: exit 2 for bad input, 75 for an interruption that can go on."""
     try:
-        app(standalone_mode=True)
+        app()
     except BadInputError as error:
         console().print(f"error: {error}", markup=False, style="red")
         sys.exit(EXIT_BAD_INPUT)
     except RunError as error:
         console().print(f"stopped: {error}", markup=False, style="red")
         sys.exit(1)
-    except KeyboardInterrupt:
+    except SystemExit as stop:
+        if stop.code != _SIGINT_EXIT:
+            raise
         say("interrupted: the same command goes on from here")
         sys.exit(EXIT_INTERRUPTED)
 

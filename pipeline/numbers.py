@@ -14,7 +14,7 @@ _THIN_SPACE = re.compile(r"(?<=[0-9])(?:\\,|[\u00a0\u2009\u202f])(?=[0-9])")
 _NAME = re.compile(r"(?:[^\W\d_][\w{} ]*)?=\s*")
 _CURRENCIES = "$¢£¥€₩₪₫₱₴₹₺₽₿"
 _SIGN = re.compile(rf"[{_CURRENCIES}]?\s*([+-]?)\s*[{_CURRENCIES}]?\s*")
-_DIGITS = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9,])|[0-9]+(?!,?[0-9]))"
+_DIGITS = r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)"
 _DECIMAL = rf"(?:{_DIGITS}(?:\.[0-9]*)?|\.[0-9]+)"
 _LATEX_FRACTION = re.compile(
     r"\\[dt]?frac\s*(?:\{\s*(?P<top>[^{}]+)\}|(?P<top_digit>[0-9]))"
@@ -85,7 +85,7 @@ def _decimal(digits: str) -> Fraction:
 
 
 def _is_unit(rest: str) -> bool:
+    """Whether what follows a number only names what is counted: any digit in it says no."""
     letters = _UNIT_EXPONENT.sub("", rest)
-    if _NO_UNIT.match(letters):
-        return False
-    return all(sign in _UNIT_SIGNS or (sign.isalpha() and not sign.isnumeric()) for sign in letters)
+    named = all(sign in _UNIT_SIGNS or sign.isalpha() for sign in letters)
+    return named and _NO_UNIT.match(letters) is None

@@ -25,7 +25,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a Llama of two layers; its chat template ends a turn with <|end|>."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(num_key_value_heads=2, **_SHAPE)
+    config = LlamaConfig(num_key_value_heads=2, head_dim=32, **_SHAPE)
     return _write(tmp_path_factory.mktemp("tiny_llama"), LlamaForCausalLM, config)
 
 
@@ -36,7 +36,7 @@ def tiny_gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     config = Gemma3TextConfig(
         num_key_value_heads=1,
-        head_dim=16,
+        head_dim=32,
         sliding_window=8,
         layer_types=["sliding_attention", "full_attention"],
         **_SHAPE,
@@ -45,6 +45,7 @@ def tiny_gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 _VOCABULARY = 320
+# vLLM has no CPU kernel for heads of less than 32 channels.
 _SHAPE = {
     "vocab_size": _VOCABULARY,
     "hidden_size": 64,
