@@ -14,9 +14,15 @@ from upath import UPath
 
 from cluster import storage
 from cluster.config import RunConfig, parse_config
+from cluster.errors import RunError
 from cluster.run_folder import RunFolder
+from pipeline.chat import load_chat
+from pipeline.logprobs import ResponseLogProbs
 from pipeline.rows import Pair, to_table
-from training.stage import train
+from training.batches import count_batch, global_batches, tokenize_pair
+from training.engine import DTYPES
+from training.stage import epochs_done, train
+from training.step import collate_pairs, pair_losses
 
 pytestmark = pytest.mark.integration
 

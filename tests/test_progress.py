@@ -1,0 +1,60 @@
+"""What a user sees: plain lines without a terminal, and nothing of what third parties print."""
+
+import io
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from cluster import progress as module
+from cluster.progress import Board, progress, say
+
+
+@pytest.fixture
+def screen(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(module, "_console", Console(file=stream, highlight=False, width=200))
+    return stream
+
+
+def test_plain_lines_come_at_intervals_and_at_the_end(screen, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    with progress("sampling", 4) as bar:
+        bar.advance(loss=1.5)
+        now[0] = 11.0
+        bar.advance(loss=1.25)
+        bar.advance()
+        bar.advance(loss=0.5)
+    first, last = screen.getvalue().splitlines()
+    assert first.startswith("sampling  2/4 (50 %)  loss 1.25")
+    assert last == "sampling  4/4 (100 %)  loss 0.5"
+
+
+def test_text_is_never_markup(screen):
+    say("[red]a trace[/red]")
+    assert screen.getvalue() == "[red]a trace[/red]\n"
+
+
+def test_a_board_gives_what_is_new_once():
+    board = Board()
+    board.say("a line")
+    board.update("sampling", 1, 4, {})
+    board.update("sampling", 2, 4, {"loss": 1.0})
+    assert board.take() == (["a line"], {"sampling": (2, 4, {"loss": 1.0})})
+    assert board.take() == ([], {})
+
+
+def test_third_parties_reach_the_log_and_not_the_screen(tmp_path):
+    log = tmp_path / "logs" / "engines.log"
+    program = (
+        "import os, sys; from pathlib import Path; from cluster.progress import hush, say;"
+        f"hush(Path({str(log)!r})); say('ours'); print('python noise', flush=True);"
+        "os.write(1, b'native noise\\n'); os.write(2, b'native error\\n')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("ours\n", "")
+    assert log.read_text() == "python noise\nnative noise\nnative error\n"
