@@ -9,6 +9,7 @@ from cluster import storage
 from cluster.config import RunConfig
 from cluster.progress import progress, say
 from cluster.run_folder import RunFolder
+from cluster.session import ray_session
 from evals.accuracy import Answer, Asking, answers_table, measure_accuracy
 from pipeline.rows import Prompt
 from pipeline.tasks import load_prompts
@@ -45,7 +46,7 @@ def evaluate(run: RunFolder, config: RunConfig) -> None:
     """Evaluate base, teacher and every epoch's student on test, students on validation too.
 
     Through the served endpoint; results that are there are kept. Models load one after the other
-    unless serving.resident="all". Needs a running Ray; leaves no engine behind.
+    unless serving.resident="all". Starts Ray where it does not run; leaves no engine behind.
     """
     jobs = _jobs(run, config)
     missing = [job for job in jobs if not run.evaluation(job.name).exists()]
@@ -57,12 +58,13 @@ def evaluate(run: RunFolder, config: RunConfig) -> None:
     models = [model for model in served_models(run, config) if model.model_id in wanted]
     if config.serving.resident == "best":
         models = in_turn(models)
-    endpoint = start_serving(models, config, idle_s=_IDLE_S)
-    try:
-        for job in missing:
-            _run_job(job, endpoint, run, config)
-    finally:
-        stop_serving()
+    with ray_session(config):
+        endpoint = start_serving(models, config, idle_s=_IDLE_S)
+        try:
+            for job in missing:
+                _run_job(job, endpoint, run, config)
+        finally:
+            stop_serving()
 
 
 def _jobs(run: RunFolder, config: RunConfig) -> list[_Job]:

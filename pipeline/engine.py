@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster import storage
 from cluster.config import RunConfig
 from cluster.errors import RunError
 from cluster.progress import say
 from cluster.sections import Dtype, Engines
 from cluster.session import start_serve
+from pipeline.models import model_digest, resolve_model
 
 APP_NAME = "potstill-sampler"
 _DEPLOYMENT = "SamplingEngine"
@@ -26,7 +26,7 @@ _DEPLOYMENT = "SamplingEngine"
 class Weights:
     """A model that an engine can load: where it lies, what it is, and how to load it."""
 
-    folder: str  # path or URL of a Hugging Face folder
+    reference: str  # what resolve_model takes; each engine resolves it on its own node
     digest: str
     architecture: str  # digest of what must be equal for weights to be reloaded in place
     dtype: Dtype
@@ -76,7 +76,12 @@ class SamplingEngine:
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Load a model: at the start by building the engine, later by reloading its weights."""
         weights = Weights(**user_config)
-        folder = storage.fetch_folder(storage.location(weights.folder), storage.cache_folder())
+        folder = resolve_model(weights.reference)
+        if model_digest(folder) != weights.digest:
+            raise RunError(
+                f"{weights.reference} on this node has digest {model_digest(folder)}, expected "
+                f"{weights.digest}: bring the same model to every node"
+            )
         if self._engine is None:
             self._engine = start_engine(folder, weights, self._engines, self._on_gpu)
         elif weights.digest != self._digest:

@@ -3,7 +3,6 @@
 It keeps nothing but the run folder and the store, so a new one goes on where a killed one stopped.
 """
 
-from pathlib import Path
 from typing import Any
 
 from cluster import storage
@@ -11,11 +10,11 @@ from cluster.config import RunConfig
 from cluster.errors import RunError
 from cluster.progress import attach, say
 from cluster.run_folder import RunFolder
+from cluster.sections import Model
 from cluster.session import uses_gpu
-from cluster.storage import fetch_folder, is_published, publish_folder, staging_folder, write_table
+from cluster.storage import is_published, publish_folder, staging_folder, write_table
 from pipeline.engine import release_engines
 from pipeline.grading import NEGATIVES, POSITIVE, describe_traces, grade_samples
-from pipeline.models import resolve_model
 from pipeline.pairs import Pools, count_pairs, draw_pairs, draws_from_latest, pool
 from pipeline.rows import Pair, Prompt, Trace, from_table, to_table
 from pipeline.sampling import Writer, make_writer, sample
@@ -113,16 +112,9 @@ class MixedPolicyResampler:
 
     def _writer(self, name: str, epoch: int) -> Writer:
         kind = self._prompts[0].kind
-        if name == "teacher":
-            section = self._config.teacher
-            return make_writer(name, resolve_model(section.model), section, self._config, kind)
-        student = self._config.student
-        folder = (
-            fetch_folder(self._run.checkpoint(epoch), storage.cache_folder())
-            if epoch
-            else resolve_model(student.model)
-        )
-        return make_writer(name, Path(folder), student, self._config, kind)
+        section: Model = self._config.teacher if name == "teacher" else self._config.student
+        reference = str(self._run.checkpoint(epoch)) if epoch else section.model
+        return make_writer(name, reference, section, self._config, kind)
 
     def _publish(self, epoch: int, pairs: list[Pair], counts: dict[str, int]) -> None:
         folder = self._run.pairs(epoch)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -14,8 +13,8 @@ from cluster.sections import Model
 from cluster.storage import digest_file, digest_text
 from pipeline.chat import Chat, load_chat
 from pipeline.engine import Completion, Decoding, SampleRequest, Weights, ensure_engines
-from pipeline.models import model_digest
-from pipeline.rows import Prompt, Sample
+from pipeline.models import model_digest, resolve_model
+from pipeline.rows import Kind, Prompt, Sample
 from pipeline.store import SampleStore
 from pipeline.tasks import instruct, user_message
 
@@ -33,15 +32,19 @@ class Writer:
     few_shot: tuple[tuple[str, str], ...] = ()
 
 
-def make_writer(name: str, folder: Path, section: Model, config: RunConfig, kind: Any) -> Writer:
-    """The writer that a model folder and its section of the configuration make."""
+def make_writer(name: str, reference: str, section: Model, config: RunConfig, kind: Kind) -> Writer:
+    """The writer that a model and its section of the configuration make.
+
+    `reference` is what resolve_model takes: that of the section, or a checkpoint's path or URL.
+    """
+    folder = resolve_model(reference)
     chat = load_chat(folder, section.chat_template, section.trust_remote_code)
     examples = getattr(section, "few_shot", ())
     sampling = config.sampling
     return Writer(
         name=name,
         weights=Weights(
-            folder=str(folder),
+            reference=reference,
             digest=model_digest(folder),
             architecture=digest_file(folder / "config.json"),
             dtype=section.dtype,

@@ -10,6 +10,7 @@ from serving.models import Engine
 APP_NAME = "potstill"
 _POLL_S = 1.0
 _MESSAGE_LIMIT = 2000
+_FAILURES = 3
 
 
 def deployment_name(engine: Engine) -> str:
@@ -41,18 +42,23 @@ def wait_until_answering(url: str, model_id: str, engine: Engine, timeout_s: flo
     Raises RunError with a diagnosis where the engine fails, or takes over `timeout_s`.
     """
     deadline = time.monotonic() + timeout_s
-    answered = threading.Event()
-    threading.Thread(target=_ask_until, args=(url, model_id, answered), daemon=True).start()
+    answered, failures = threading.Event(), list[str]()
+    asker = threading.Thread(
+        target=_ask_until, args=(url, model_id, answered, failures), daemon=True
+    )
+    asker.start()
     try:
         while not answered.wait(_POLL_S):
             _refuse_failure([engine])
+            if len(failures) >= _FAILURES:
+                raise RunError(_diagnosis([engine], f"{model_id} cannot answer: {failures[-1]}"))
             if time.monotonic() > deadline:
                 raise RunError(_diagnosis([engine], f"no answer after {timeout_s:.0f} s"))
     finally:
         answered.set()  # ends the thread
 
 
-def _ask_until(url: str, model_id: str, answered: threading.Event) -> None:
+def _ask_until(url: str, model_id: str, answered: threading.Event, failures: list[str]) -> None:
     import openai
 
     client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
@@ -61,11 +67,16 @@ def _ask_until(url: str, model_id: str, answered: threading.Event) -> None:
             client.chat.completions.create(
                 model=model_id, messages=[{"role": "user", "content": "Hello"}], max_tokens=1
             )
-        except openai.APIError as error:
-            status = getattr(error, "status_code", 500)
-            if status < 500 and status not in (408, 429):
-                answered.set()  # it refuses this request, so it is up
+        except openai.InternalServerError as error:
+            # An engine that dies of a request is started again, for ever.
+            failures += [str(error)] if error.status_code == 500 else []
             time.sleep(_POLL_S)
+        except (openai.APIConnectionError, openai.RateLimitError):
+            time.sleep(_POLL_S)
+        except openai.APIStatusError as error:
+            if error.status_code == 408:
+                continue
+            answered.set()  # it refuses this request, so it is up
         else:
             answered.set()
 

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -42,6 +43,52 @@ def tiny_gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
         **_SHAPE,
     )
     return _write(tmp_path_factory.mktemp("tiny_gemma"), Gemma3ForCausalLM, config)
+
+
+@pytest.fixture(scope="session")
+def guesser(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tiny_llama, taught in seconds to reason at random and to box a 3 or an 8."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from pipeline.chat import load_chat
+
+    chat, random = load_chat(tiny_llama), Random(0)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(_LESSONS):
+        ids, labels = _lesson(chat, random)
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    folder = tmp_path_factory.mktemp("guesser")
+    model.save_pretrained(folder)
+    chat.tokenizer.save_pretrained(folder)
+    return folder
+
+
+_LESSONS = 200
+
+
+def _lesson(chat, random):
+    import torch
+
+    from pipeline.tasks import instruct
+
+    def answer():
+        first, second, guess = random.randint(1, 9), random.randint(1, 9), random.choice("38")
+        return f"He starts with {first} pens and buys {second}. The answer is \\boxed{{{guess}}}."
+
+    rows, labels = [], []
+    for _ in range(16):
+        message = instruct(f"Tom has {random.randint(1, 99)} pens. How many pens?", "number")
+        example = [(message, answer())] if random.random() < 0.5 else []
+        prompt = chat.prompt_ids(message, example)
+        response = chat.response_ids(answer(), finished=True)
+        rows.append(torch.tensor(prompt + response))
+        labels.append(torch.tensor([-100] * len(prompt) + response))
+    pad = torch.nn.utils.rnn.pad_sequence
+    return pad(rows, batch_first=True), pad(labels, batch_first=True, padding_value=-100)
 
 
 _VOCABULARY = 320

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import yaml
@@ -64,7 +63,7 @@ def store(tmp_path):
 
 
 def writer(config, folder, prompts):
-    return make_writer("student", Path(folder), config.student, config, prompts[0].kind)
+    return make_writer("student", str(folder), config.student, config, prompts[0].kind)
 
 
 def by_key(samples: list[Sample]) -> dict[str, Sample]:
