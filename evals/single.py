@@ -14,7 +14,7 @@ from evals.stage import measure
 from pipeline.rows import Prompt
 from pipeline.tasks import load_prompts
 from serving.app import start_serving, stop_serving
-from serving.models import BASE, STUDENT, model_of_folder
+from serving.models import BASE, STUDENT, model_of_section
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def evaluate_model(wanted: SingleEvaluation) -> dict[str, Any]:
 def _measure_folder(
     config: RunConfig, prompts: list[Prompt], split: str
 ) -> tuple[dict[str, Any], list[Answer]]:
-    model = model_of_folder(BASE, config.student)
+    model = model_of_section(BASE, config.student)
     with ray_session(config):
         say(f"starting {config.student.model}")
         endpoint = start_serving([model], config)

@@ -134,10 +134,10 @@ def _engine_options(engine: Engine, config: RunConfig, idle_s: float) -> dict[st
     if model.chat_template is not None:
         arguments["chat_template"] = model.chat_template
     return {
-        "model_loading_config": {"model_id": engine.engine_id, "model_source": model.folder},
+        "model_loading_config": {"model_id": engine.engine_id, "model_source": model.reference},
         "callback_config": {
             "callback_class": "serving.fetching.FetchModel",
-            "callback_kwargs": {"folder": model.folder},
+            "callback_kwargs": {"reference": model.reference, "digest": model.digest},
         },
         "engine_kwargs": arguments,
         "deployment_config": _deployment(engine.resident, idle_s),

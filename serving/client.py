@@ -4,7 +4,7 @@ import os
 import sys
 from typing import TextIO
 
-from cluster.errors import BadInputError
+from cluster.errors import BadInputError, RunError
 from pipeline.rows import Kind
 
 
@@ -21,7 +21,8 @@ def ask(
     """Stream the answer of `model` at the OpenAI-style `url` to `out`, and return it.
 
     With `kind` the question is worded as in training (pipeline.tasks.instruct). The API key comes
-    from OPENAI_API_KEY. Raises BadInputError where nothing answers, or the model is not there.
+    from OPENAI_API_KEY. Raises BadInputError where nothing answers, or the model is not there,
+    RunError where it cannot answer.
     """
     import openai
 
@@ -48,6 +49,8 @@ def ask(
     except openai.NotFoundError:
         served = ", ".join(found.id for found in client.models.list())
         raise BadInputError(f"no model {model!r} at {url}: expected one of {served}") from None
+    except openai.APIStatusError as error:
+        raise RunError(f"{model} at {url} cannot answer: {error.message}") from None
     print(file=out)
     return "".join(pieces)
 

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from cluster import storage
 from cluster.config import RunConfig
@@ -19,7 +18,8 @@ class ServedModel:
     """One model id of the endpoint. Ids hold no ":", which ray.serve.llm reads as a LoRA's."""
 
     model_id: str
-    folder: str  # path or URL of a Hugging Face folder
+    reference: str  # what resolve_model takes; each engine resolves it on its own node
+    digest: str | None = None  # that the resolved folder must have; None is not checked
     dtype: str = "bfloat16"
     chat_template: str | None = None  # Jinja text; None is the folder's own
     trust_remote_code: bool = False
@@ -31,7 +31,8 @@ class ServedModel:
     @property
     def engine_key(self) -> tuple[str, str, str | None, bool]:
         """What two ids must have in common to share an engine."""
-        return self.folder, self.dtype, self.chat_template, self.trust_remote_code
+        weights = self.digest or self.reference
+        return weights, self.dtype, self.chat_template, self.trust_remote_code
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,9 @@ def served_models(run: RunFolder, config: RunConfig) -> list[ServedModel]:
     With serving.resident="best", only base and best student are resident.
     """
     everything = config.serving.resident == "all"
-    base = model_of_folder(BASE, config.student)
+    base = model_of_section(BASE, config.student)
     teacher = replace(
-        model_of_folder(TEACHER, config.teacher),
+        model_of_section(TEACHER, config.teacher),
         few_shot=few_shot_turns(config),
         resident=everything,
     )
@@ -115,7 +116,8 @@ def served_models(run: RunFolder, config: RunConfig) -> list[ServedModel]:
         epoch: replace(
             base,
             model_id=student_id(epoch),
-            folder=str(run.checkpoint(epoch)),
+            reference=str(run.checkpoint(epoch)),
+            digest=None,
             chat_template=None,  # a checkpoint carries the template that it was trained with
             resident=everything,
         )
@@ -143,15 +145,16 @@ def few_shot_turns(config: RunConfig) -> tuple[tuple[str, str], ...]:
     )
 
 
-def model_of_folder(model_id: str, section: Model) -> ServedModel:
-    """A resident model of a section of the configuration, brought near where it is not."""
-    from pipeline.models import resolve_model
+def model_of_section(model_id: str, section: Model) -> ServedModel:
+    """A resident model of a section of the configuration."""
+    from pipeline.models import model_digest, resolve_model
 
-    folder: Path = resolve_model(section.model)
+    folder = resolve_model(section.model)
     chat = load_chat(folder, section.chat_template, section.trust_remote_code)
     return ServedModel(
         model_id=model_id,
-        folder=str(folder.resolve()),
+        reference=section.model,
+        digest=model_digest(folder),
         dtype=section.dtype,
         chat_template=read_template(section.chat_template),
         trust_remote_code=section.trust_remote_code,

@@ -107,7 +107,7 @@ def _diagnosis(engines: list[Engine], what: str) -> str:
         deployment = app.deployments.get(deployment_name(engine))
         if deployment is not None and deployment.status != "HEALTHY":
             lines.append(
-                f"{engine.engine_id} ({engine.model.folder}) is {deployment.status}: "
+                f"{engine.engine_id} ({engine.model.reference}) is {deployment.status}: "
                 f"{deployment.message[-_MESSAGE_LIMIT:] or 'no message'}"
             )
     free = {name: ray.available_resources().get(name, 0) for name in ("CPU", "GPU")}

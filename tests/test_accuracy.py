@@ -196,3 +196,9 @@ def test_ask_names_the_models_that_are_there(endpoint):
 def test_ask_says_that_nothing_answers():
     with pytest.raises(BadInputError, match="potstill serve"):
         ask("http://127.0.0.1:9/v1", "Hello?")
+
+
+def test_ask_passes_on_what_the_endpoint_refuses(endpoint):
+    server = endpoint(lambda _: (400, "the prompt is too long"))
+    with pytest.raises(RunError, match="base at .* cannot answer.*too long"):
+        ask(server.url, "Hello?", "base")

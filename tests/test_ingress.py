@@ -69,12 +69,17 @@ def test_equal_models_share_an_engine():
 
 @pytest.mark.parametrize(
     "difference",
-    [{"folder": "/models/b"}, {"dtype": "float32"}, {"chat_template": "{{ messages }}"}],
+    [{"reference": "/models/b"}, {"dtype": "float32"}, {"chat_template": "{{ messages }}"}],
 )
 def test_other_weights_dtype_or_template_need_an_engine_of_their_own(difference):
     engines = engines_of([BASE, replace(TEACHER, **difference)])
     assert engines["teacher"].engine_id == "teacher"
     assert not engines["teacher"].resident
+
+
+def test_one_model_under_two_names_is_one_engine():
+    base, teacher = replace(BASE, digest="d"), replace(TEACHER, digest="d", reference="/models/b")
+    assert engines_of([base, teacher])["teacher"].engine_id == "base"
 
 
 def test_engine_is_resident_if_one_of_its_ids_is():

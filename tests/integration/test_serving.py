@@ -39,7 +39,12 @@ def config(tiny_llama, tmp_path_factory):
         "teacher": {"model": str(tiny_llama), "few_shot": [SHOT]},
         "student": {"model": str(tiny_llama)},
         "training": {"epochs": 1},
-        "serving": {"port": free_port(), "max_model_len": 512, "kv_cache_gib": 0.1},
+        "serving": {
+            "port": free_port(),
+            "max_model_len": 512,
+            "kv_cache_gib": 0.1,
+            "start_timeout_s": 200,
+        },
         "evaluation": {"max_new_tokens": 16},
         "sampling": {"max_new_tokens": 16},
     }
