@@ -1,6 +1,8 @@
 """The command line of Potstill: plan, run, serve, ask, eval and the rest."""
 
 import json
+import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +14,7 @@ import typer
 from cluster.config import RunConfig, load_config
 from cluster.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, BadInputError, RunError
 from cluster.progress import console, hush, say, watched_board
-from cluster.run_folder import RunFolder, open_run
+from cluster.run_folder import RunFolder, check_recipe, open_run
 from cluster.session import ray_session
 from cluster.storage import cache_folder, location
 
@@ -25,7 +27,8 @@ app = typer.Typer(
 models_app = typer.Typer(help="Prepare models that travel as packages.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
 
-_SIGINT_EXIT = 130  # what Typer makes of Ctrl-C
+# What Typer makes of Ctrl-C, and Ray of a polite request to stop.
+_INTERRUPTIONS = (130, signal.SIGTERM)
 
 Config = Annotated[Path, typer.Argument(help="A recipe, such as configs/quickstart.yaml.")]
 Overrides = Annotated[
@@ -76,8 +79,13 @@ def train(config: Config, overrides: Overrides = None) -> None:
 def _start(path: Path, overrides: list[str] | None) -> tuple[RunFolder, RunConfig]:
     config = load_config(path, overrides)
     _preflight(config)
+    goes_on = check_recipe(config).config_file.exists()
     folder = open_run(config)
     hush(folder.log_file)
+    if goes_on:
+        say(f"going on with the run in {folder.root}")
+        for line in folder.describe(config.training.epochs):
+            say(f"  {line}")
     return folder, config
 
 
@@ -116,12 +124,16 @@ def _evaluate(folder: RunFolder, config: RunConfig) -> None:
 def _finish(folder: RunFolder, config: RunConfig) -> None:
     from evals.report import write_report
     from evals.table import results_table
+    from pipeline.tasks import load_prompts
 
     write_report(folder, config)
     console().print(results_table(folder, config))
     say(f"report: {folder.root / 'report.html'}")
     say(f"serve:  potstill serve {folder.root}")
-    say('ask:    potstill ask "Tom has 3 pens and gets 5 more. How many pens has Tom now?"')
+    example = load_prompts(config.task, "test", config.run.seed)[0]
+    url = f"http://{config.serving.host}:{config.serving.port}/v1"
+    question = shlex.quote(example.question)
+    say(f"ask:    potstill ask {question} --kind {example.kind} --url {url}")
 
 
 def _wait_for(reference: Any) -> Any:
@@ -211,6 +223,7 @@ def status(run: RunPath) -> None:
     folder, config = _existing(run)
     for line in folder.describe(config.training.epochs):
         say(line)
+    say(f"last record: {folder.last_record()}")
 
 
 def _existing(run: str) -> tuple[RunFolder, RunConfig]:
@@ -229,7 +242,7 @@ def main() -> None:
         console().print(f"stopped: {error}", markup=False, style="red")
         sys.exit(1)
     except SystemExit as stop:
-        if stop.code != _SIGINT_EXIT:
+        if stop.code not in _INTERRUPTIONS:
             raise
         say("interrupted: the same command goes on from here")
         sys.exit(EXIT_INTERRUPTED)

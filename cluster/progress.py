@@ -10,7 +10,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -19,6 +21,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TaskID,
+    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -40,7 +43,8 @@ def console() -> Console:
 def hush(log_file: Path) -> None:
     """From now on, let the process's standard streams go to `log_file`, and only ours to the user.
 
-    Done on the file descriptors, because C++ libraries and child processes write there.
+    Done on the file descriptors, because C++ libraries and child processes write there. Of an
+    error that nobody catches, the user sees one line, and the log has the traceback.
     """
     log_file.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
@@ -50,6 +54,17 @@ def hush(log_file: Path) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
+    sys.excepthook = partial(_tell_failure, log_file)
+
+
+def _tell_failure(
+    log_file: Path, kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    sys.__excepthook__(kind, error, trace)
+    first = str(error).partition("\n")[0]
+    console().print(
+        f"failed: {kind.__name__}: {first} (traceback: {log_file})", markup=False, style="red"
+    )
 
 
 def say(text: str) -> None:
@@ -87,11 +102,11 @@ class Bar:
         if not finished and time.monotonic() - self._last_line < _PLAIN_INTERVAL_S:
             return
         self._last_line = time.monotonic()
-        left = (
-            "" if finished or task.time_remaining is None else f"  eta {task.time_remaining:.0f} s"
-        )
         share = f"{task.completed:.0f}/{task.total:.0f} ({task.percentage:.0f} %)"
-        say(f"{task.description}  {share}  {task.fields['figures']}{left}".rstrip())
+        unknown = finished or task.time_remaining is None
+        left = "" if unknown else f"eta {task.time_remaining:.0f} s"
+        parts = (task.description, share, task.fields["figures"], left)
+        say("  ".join(part for part in parts if part))
 
 
 class BoardBar:
@@ -132,6 +147,7 @@ def _bars() -> Progress:
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        TaskProgressColumn(),
         TextColumn("{task.fields[figures]}"),
         TimeElapsedColumn(),
         TextColumn("eta"),

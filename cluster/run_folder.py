@@ -74,10 +74,10 @@ class RunFolder:
             f"pairs drawn for epochs: {', '.join(map(str, drawn)) or 'none yet'}",
             f"epochs trained: {', '.join(map(str, trained)) or 'none yet'} of {epochs}",
             f"results: {', '.join(results) or 'none yet'}",
-            f"last record: {self._last_record()}",
         ]
 
-    def _last_record(self) -> str:
+    def last_record(self) -> str:
+        """The newest line of metrics.jsonl."""
         path = self.root / "metrics.jsonl"
         return path.read_text().splitlines()[-1] if path.exists() else "none yet"
 
@@ -91,13 +91,15 @@ class RunFolder:
 
 
 def open_run(config: RunConfig) -> RunFolder:
-    """Start the run folder of `config`, or go on with it.
+    """Start the run folder of `config`, or go on with it, without what a killed try left half made.
 
     Raises BadInputError where the folder holds a run of another recipe.
     """
     folder = check_recipe(config)
-    folder.root.mkdir(parents=True, exist_ok=True)
-    folder.config_file.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    for place in (folder.pairs(1), folder.checkpoint(1), folder.trainer_state(1)):
+        storage.discard_staging(place.parent)
+    resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    storage.write_text(folder.config_file, resolved)
     storage.write_json(folder.root / "environment.json", describe_environment())
     return folder
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -49,7 +50,7 @@ def ray_session(config: RunConfig) -> Iterator[None]:
 def _start(config: RunConfig) -> None:
     import ray
 
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    address = _address(config)
     runtime_env = {
         "env_vars": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
     }
@@ -58,6 +59,7 @@ def _start(config: RunConfig) -> None:
             ray.init(address=address, runtime_env=runtime_env, logging_level=logging.ERROR)
         else:
             ray.init(
+                address="local",  # without it Ray joins a cluster that happens to run here
                 num_cpus=logical_cpus(config),
                 include_dashboard=False,
                 runtime_env=runtime_env,
@@ -68,6 +70,29 @@ def _start(config: RunConfig) -> None:
             f"no Ray cluster answers at cluster.address={address!r} ({error}): start one with "
             "`ray start --head`, or set it to null to use this machine"
         ) from None
+
+
+def starts_own_cluster(config: RunConfig) -> bool:
+    """Whether the run starts Ray on this machine, and joins none."""
+    return _address(config) is None
+
+
+def _address(config: RunConfig) -> str | None:
+    return config.cluster.address or os.environ.get("RAY_ADDRESS") or None
+
+
+def refuse_taken_port(host: str, port: int) -> None:
+    """Raise BadInputError where something listens on the port already."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise BadInputError(
+                f"serving.host={host}, port={port} cannot be listened on ({error.strerror}): stop "
+                "what uses it, or set serving.port to a free one"
+            ) from None
 
 
 def start_serve(config: RunConfig) -> None:

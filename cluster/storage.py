@@ -21,6 +21,7 @@ from cluster.errors import RunError
 
 MARKER = "PUBLISHED.json"
 _CHUNK = 1 << 22
+_STAGING = ".staging-"
 
 
 def location(text: str) -> UPath:
@@ -58,7 +59,11 @@ def digest_text(*parts: str) -> str:
 
 
 def publish_folder(source: Path, target: UPath) -> None:
-    """Copy the files below `source` to `target`, then write the marker that makes them count."""
+    """Move what is below `source` to `target`, then write the marker that makes it count.
+
+    Afterwards `target` holds these files and no others, and `source` is gone.
+    """
+    discard_folder(target)  # of a try that was killed before its marker
     digests = {}
     for file in sorted(path for path in source.rglob("*") if path.is_file()):
         name = file.relative_to(source).as_posix()
@@ -71,6 +76,14 @@ def publish_folder(source: Path, target: UPath) -> None:
                 shutil.copyfileobj(reader, writer, _CHUNK)
         digests[name] = digest_file(destination)
     write_json(target / MARKER, {"files": digests})
+    shutil.rmtree(source)
+
+
+def discard_staging(parent: UPath) -> None:
+    """Remove the staging folders that a killed process left for targets in `parent`."""
+    if is_local(parent):
+        for leftover in Path(parent.path).glob(f"{_STAGING}*"):
+            shutil.rmtree(leftover)
 
 
 def is_published(folder: UPath) -> bool:
@@ -82,7 +95,7 @@ def staging_folder(target: UPath) -> Path:
     """A new empty folder to write files in, on `target`'s disk where that is local."""
     if is_local(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=".staging-", dir=str(target.parent)))
+        return Path(tempfile.mkdtemp(prefix=_STAGING, dir=str(target.parent)))
     return Path(tempfile.mkdtemp(prefix="potstill-"))
 
 
@@ -121,8 +134,12 @@ def fetch_folder(source: UPath, cache: Path) -> Path:
 
 def write_json(path: UPath, value: object) -> None:
     """Write a JSON file; on a local disk it appears whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def write_text(path: UPath, text: str) -> None:
+    """Write a text file; on a local disk it appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
     if not is_local(path):
         path.write_text(text)
         return

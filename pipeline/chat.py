@@ -105,11 +105,18 @@ def read_template(chat_template: str | None) -> str | None:
     return path.read_text(encoding="utf-8")
 
 
-def check_chat(chat: Chat, prompt_ids: Sequence[int], room: int, max_length: int) -> None:
+def check_chat(
+    chat: Chat,
+    prompt_ids: Sequence[int],
+    room: int,
+    max_length: int,
+    option: str = "max_model_len",
+) -> None:
     """Refuse what would spoil training in silence.
 
-    `prompt_ids` is a rendered prompt, `room` the tokens that its answer needs. Raises
-    BadInputError for a doubled BOS, a missing end-of-turn token, a prompt too long to answer.
+    `prompt_ids` is a rendered prompt, `room` the tokens that its answer needs, `option` the name
+    of the context that must hold both. Raises BadInputError for a doubled BOS, a missing
+    end-of-turn token, a prompt too long to answer.
     """
     name = chat.tokenizer.name_or_path
     bos = chat.tokenizer.bos_token_id
@@ -121,5 +128,5 @@ def check_chat(chat: Chat, prompt_ids: Sequence[int], room: int, max_length: int
     if len(prompt_ids) + room > max_length:
         raise BadInputError(
             f"a prompt of {len(prompt_ids)} tokens for {name} and {room} new tokens do not fit in "
-            f"a context of {max_length}: raise the context or lower the new tokens"
+            f"{option}={max_length}: raise it or lower the new tokens"
         )

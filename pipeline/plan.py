@@ -14,11 +14,13 @@ from cluster.config import RunConfig
 from cluster.errors import BadInputError
 from cluster.run_folder import check_recipe
 from cluster.sections import Model
+from cluster.session import refuse_taken_port, starts_own_cluster
 from pipeline.chat import Chat, check_chat, load_chat
 from pipeline.models import resolve_model
 from pipeline.pairs import draws_from_latest
 from pipeline.rows import Prompt
 from pipeline.tasks import instruct, load_prompts, user_message
+from pipeline.tasks.task import SPLITS, Split
 
 _GIB = 1 << 30
 _PROBED_PROMPTS = 256
@@ -57,46 +59,73 @@ def plan_run(config: RunConfig) -> Plan:
     """Look at configuration, data, run folder and model folders; start no model."""
     plan = Plan()
     plan.check(lambda: check_recipe(config))
-    prompts = plan.check(lambda: _load_splits(plan, config))
-    if prompts is None:
+    if starts_own_cluster(config):
+        plan.check(lambda: refuse_taken_port(config.serving.host, config.serving.port))
+    splits = plan.check(lambda: _load_splits(plan, config))
+    if splits is None:
         return plan
-    teacher = plan.check(lambda: _probe("teacher", config.teacher, config, prompts))
-    student = plan.check(lambda: _probe("student", config.student, config, prompts))
+    teacher = plan.check(lambda: _probe("teacher", config.teacher, config, splits))
+    student = plan.check(lambda: _probe("student", config.student, config, splits))
     if teacher and student:
+        plan.check(lambda: _check_training_length(config, student))
         _plan_models(plan, config, teacher, student)
-        _plan_work(plan, config, len(prompts), teacher, student)
+        _plan_work(plan, config, len(splits["train"]), teacher, student)
     return plan
 
 
-def _load_splits(plan: Plan, config: RunConfig) -> list[Prompt]:
-    counts = {
-        split: load_prompts(config.task, split, config.run.seed)
-        for split in ("train", "validation", "test")
-    }
-    sizes = ", ".join(f"{len(prompts)} {split}" for split, prompts in counts.items())
+def _load_splits(plan: Plan, config: RunConfig) -> dict[Split, list[Prompt]]:
+    splits = {split: load_prompts(config.task, split, config.run.seed) for split in SPLITS}
+    sizes = ", ".join(f"{len(prompts)} {split}" for split, prompts in splits.items())
     plan.rows.append(("task", f"{config.task.name}: {sizes} prompts"))
-    return counts["train"]
+    return splits
 
 
-def _probe(name: str, section: Model, config: RunConfig, prompts: list[Prompt]) -> _Probe:
+def _probe(
+    name: str, section: Model, config: RunConfig, splits: dict[Split, list[Prompt]]
+) -> _Probe:
     folder = resolve_model(section.model)
+    shape = memory.read_shape(folder)
     chat = load_chat(folder, section.chat_template, section.trust_remote_code)
+    trained, asked = splits["train"], splits["validation"] + splits["test"]
     shots = tuple(
-        (instruct(shot.question, prompts[0].kind), shot.answer)
+        (instruct(shot.question, trained[0].kind), shot.answer)
         for shot in getattr(section, "few_shot", ())
     )
+    longest = _longest_prompt(chat, trained, shots)
+    contexts = (
+        ("engines", config.engines.max_model_len, longest, config.sampling.max_new_tokens),
+        (
+            "serving",
+            config.serving.max_model_len,
+            _longest_prompt(chat, asked, shots),
+            config.evaluation_tokens,
+        ),
+    )
+    for part, context, ids, new_tokens in contexts:
+        if shape.context and context > shape.context:
+            raise BadInputError(
+                f"{part}.max_model_len={context} is more than the {name}'s own context of "
+                f"{shape.context}: lower it"
+            )
+        check_chat(chat, ids, new_tokens, context, f"{part}.max_model_len")
+    return _Probe(folder, shape, chat, len(longest))
+
+
+def _longest_prompt(
+    chat: Chat, prompts: list[Prompt], shots: tuple[tuple[str, str], ...]
+) -> list[int]:
+    """Ids of the longest prompt, as far as a look at some of them tells."""
     longest = max(prompts, key=lambda prompt: len(prompt.question))
     probed = [longest, *prompts[:_PROBED_PROMPTS]]
-    lengths = [chat.prompt_ids(user_message(prompt), shots) for prompt in probed]
-    ids = max(lengths, key=len)
-    check_chat(chat, ids, config.sampling.max_new_tokens, config.engines.max_model_len)
-    shape = memory.read_shape(folder)
-    if shape.context and config.engines.max_model_len > shape.context:
+    return max((chat.prompt_ids(user_message(prompt), shots) for prompt in probed), key=len)
+
+
+def _check_training_length(config: RunConfig, student: _Probe) -> None:
+    if student.longest_prompt >= config.training.max_length:
         raise BadInputError(
-            f"engines.max_model_len={config.engines.max_model_len} is more than the {name}'s own "
-            f"context of {shape.context}: lower it"
+            f"a prompt of {student.longest_prompt} tokens leaves no room for a response in "
+            f"training.max_length={config.training.max_length}: raise it"
         )
-    return _Probe(folder, shape, chat, len(ids))
 
 
 def _plan_models(plan: Plan, config: RunConfig, teacher: _Probe, student: _Probe) -> None:

@@ -1,12 +1,11 @@
 """The Ray Serve application: one OpenAI-style endpoint over the engines of ray.serve.llm."""
 
-import socket
 from dataclasses import dataclass
 from typing import Any
 
 from cluster.config import RunConfig
 from cluster.errors import BadInputError
-from cluster.session import start_serve, uses_gpu
+from cluster.session import refuse_taken_port, start_serve, uses_gpu
 from serving.models import Engine, ServedModel, engines_of, routes_of
 from serving.readiness import APP_NAME, wait_until_answering, wait_until_running
 
@@ -73,21 +72,8 @@ def _start_http(config: RunConfig) -> None:
     from ray import serve
 
     if not serve.status().proxies:
-        _refuse_taken_port(config.serving.host, config.serving.port)
+        refuse_taken_port(config.serving.host, config.serving.port)
     start_serve(config)
-
-
-def _refuse_taken_port(host: str, port: int) -> None:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise BadInputError(
-                f"serving.host={host}, port={port} cannot be listened on ({error.strerror}): stop "
-                "what uses it, or set serving.port to a free one"
-            ) from None
 
 
 def _application(

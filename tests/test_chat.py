@@ -69,7 +69,7 @@ def test_a_doubled_bos_is_refused(tokenizer):
 def test_a_prompt_without_room_to_answer_is_refused(chat):
     ids = chat.prompt_ids("hi")
     check_chat(chat, ids, room=4, max_length=len(ids) + 4)
-    with pytest.raises(BadInputError, match="do not fit in a context of"):
+    with pytest.raises(BadInputError, match="do not fit in max_model_len="):
         check_chat(chat, ids, room=4, max_length=len(ids) + 3)
 
 

@@ -5,7 +5,8 @@ import pytest
 
 from cluster.config import parse_config
 from cluster.errors import BadInputError
-from serving.app import _deployment, _on_gpu, _refuse_taken_port
+from cluster.session import refuse_taken_port
+from serving.app import _deployment, _on_gpu
 from serving.models import ServedModel, engines_of, in_turn, routes_of
 from serving.routes import Route, renamed, stop_ids, stop_strings, with_few_shot
 
@@ -132,5 +133,5 @@ def test_a_taken_port_is_refused():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         with pytest.raises(BadInputError, match=f"port={port}"):
-            _refuse_taken_port("127.0.0.1", port)
-    _refuse_taken_port("127.0.0.1", port)
+            refuse_taken_port("127.0.0.1", port)
+    refuse_taken_port("127.0.0.1", port)

@@ -46,6 +46,18 @@ def test_a_board_gives_what_is_new_once():
     assert board.take() == ([], {})
 
 
+def test_an_error_that_nobody_catches_is_one_line_for_the_user(tmp_path):
+    log = tmp_path / "engines.log"
+    program = (
+        "from pathlib import Path; from cluster.progress import hush;"
+        f"hush(Path({str(log)!r})); raise KeyError('a\\nb')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout == f"failed: KeyError: 'a\\nb' (traceback: {log})\n"
+    assert "Traceback (most recent call last)" in log.read_text()
+
+
 def test_third_parties_reach_the_log_and_not_the_screen(tmp_path):
     log = tmp_path / "logs" / "engines.log"
     program = (

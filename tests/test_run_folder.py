@@ -8,6 +8,7 @@ import yaml
 from cluster.config import parse_config
 from cluster.errors import BadInputError
 from cluster.run_folder import check_recipe, open_run
+from cluster.storage import staging_folder
 
 
 def config(folder, **changes):
@@ -36,6 +37,14 @@ def test_execution_fields_may_change(tmp_path):
     open_run(config(tmp_path / "run"))
     changed = config(tmp_path / "run", training__micro_batch=8, engines__max_engines=3)
     assert open_run(changed).load_config() == changed
+
+
+def test_going_on_clears_what_a_killed_try_left(tmp_path):
+    folder = open_run(config(tmp_path / "run"))
+    left = staging_folder(folder.checkpoint(2))
+    (left / "model.safetensors").write_text("half")
+    open_run(config(tmp_path / "run"))
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
 def test_another_recipe_is_refused_and_changes_nothing(tmp_path):

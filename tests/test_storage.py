@@ -40,6 +40,7 @@ def test_a_published_folder_is_whole(source, target, tmp_path):
     assert not is_published(target)
     publish_folder(source, target)
     assert is_published(target)
+    assert not source.exists()
     copy = fetch_folder(target, tmp_path / "cache")
     assert (copy / "a.txt").read_text() == "one"
     assert (copy / "sub" / "b.txt").read_text() == "two"
@@ -49,6 +50,13 @@ def test_without_its_marker_a_folder_does_not_count(source, target):
     publish_folder(source, target)
     (target / MARKER).unlink()
     assert not is_published(target)
+
+
+def test_files_of_a_try_that_was_killed_do_not_stay(source, target):
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "shard-2-of-2.txt").write_text("old")
+    publish_folder(source, target)
+    assert sorted(path.name for path in target.iterdir()) == [MARKER, "a.txt", "sub"]
 
 
 def test_a_damaged_download_is_refused(source, tmp_path):
