@@ -61,10 +61,10 @@ def _tell_failure(
     log_file: Path, kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
     sys.__excepthook__(kind, error, trace)
-    first = str(error).partition("\n")[0]
-    console().print(
-        f"failed: {kind.__name__}: {first} (traceback: {log_file})", markup=False, style="red"
-    )
+    cause = getattr(error, "cause", None) or error  # Ray wraps what a remote function raised
+    first = str(cause).partition("\n")[0]
+    line = f"failed: {type(cause).__name__}: {first} (traceback: {log_file})"
+    console().print(line, markup=False, style="red")
 
 
 def say(text: str) -> None:

@@ -29,7 +29,7 @@ def write_report(run: RunFolder, config: RunConfig) -> None:
         "best": next((result for result in results if result.best), None),
         "base": next((result for result in results if result.model_id == "base"), None),
         "environment": _environment(run),
-        "folder": str(run.root),
+        "folder": run.root.name,
     }
     page = _render("report.html", facts | _details(run, config, results), escape=True)
     (run.root / "report.html").write_text(page, encoding="utf-8")

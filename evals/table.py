@@ -12,9 +12,15 @@ def results_table(run: RunFolder, config: RunConfig | None = None) -> Table:
     config = config or run.load_config()
     results = read_results(run, config)
     n = results[0].test["n"] if results else 0
-    table = Table(title=f"{config.task.name}, test, n = {n}, greedy, in percent")
-    table.add_column("model")
-    for title in ("accuracy ± SE", "95 % interval", "unparsed", "accuracy if parsed"):
+    # Without lines and within 80 columns, since it also ends up in logs.
+    table = Table(
+        title=f"{config.task.name}, test, n = {n}, greedy, in percent ± standard error",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
+    table.add_column("model", no_wrap=True)
+    for title in ("accuracy", "95 % CI", "unparsed", "if parsed"):
         table.add_column(title, justify="right")
     with_validation = any(result.validation for result in results)
     if with_validation:
@@ -27,9 +33,9 @@ def results_table(run: RunFolder, config: RunConfig | None = None) -> Table:
 def _cells(result: Result, with_validation: bool) -> list[str]:
     low, high = result.test["interval_95"]
     cells = [
-        result.label + (" *" if result.best else ""),
+        result.label.partition(" (")[0] + (" *" if result.best else ""),
         percent_with_error(result.test),
-        f"{percent(low)} to {percent(high)}",
+        f"{percent(low)}–{percent(high)}",
         percent(result.test["unparsed"]),
         percent(result.test["accuracy_given_parsed"]),
     ]

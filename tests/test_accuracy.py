@@ -200,5 +200,5 @@ def test_ask_says_that_nothing_answers():
 
 def test_ask_passes_on_what_the_endpoint_refuses(endpoint):
     server = endpoint(lambda _: (400, "the prompt is too long"))
-    with pytest.raises(RunError, match="base at .* cannot answer.*too long"):
+    with pytest.raises(RunError, match=r"base at .* cannot answer.*too long"):
         ask(server.url, "Hello?", "base")

@@ -50,11 +50,11 @@ def test_an_error_that_nobody_catches_is_one_line_for_the_user(tmp_path):
     log = tmp_path / "engines.log"
     program = (
         "from pathlib import Path; from cluster.progress import hush;"
-        f"hush(Path({str(log)!r})); raise KeyError('a\\nb')"
+        f"hush(Path({str(log)!r})); raise ValueError('a\\nb')"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stdout == f"failed: KeyError: 'a\\nb' (traceback: {log})\n"
+    assert done.stdout == f"failed: ValueError: a (traceback: {log})\n"
     assert "Traceback (most recent call last)" in log.read_text()
 
 

@@ -93,6 +93,8 @@ def test_report_is_one_file_without_script_or_network(run, config):
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert "small&lt;b&gt;" in page
     assert "small<b>" not in page
+    assert "Rejected (base student)" in page
+    assert "Rejected (student after epoch 1)" in page
     assert not re.search(r'(?:src|href)="(?!#)', page)
     assert page.count("<svg") == 3  # accuracy, loss, margin
 
