@@ -20,7 +20,7 @@ from serving.models import (
 class Result:
     """A model of the run with what was measured on it."""
 
-    label: str  # with what is not in every line of it in brackets at the end
+    label: str  # ends in brackets with details, which the terminal leaves out
     model_id: str
     test: dict[str, Any]
     validation: dict[str, Any] | None

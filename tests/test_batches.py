@@ -113,6 +113,12 @@ def test_pairs_of_like_length_go_together():
     assert chosen == [[26, 28, 30], [2, 4, 6]]
 
 
+def test_workers_meet_micro_batches_of_like_length_at_once():
+    shares = [micro_batches(_pairs([40, 5, 30, 4]), 1, 2, rank) for rank in range(2)]
+    rounds = [{len(m.pairs[0].chosen) for m in together} for together in zip(*shares, strict=True)]
+    assert rounds == [{40, 30}, {5, 4}]
+
+
 def test_a_worker_without_pairs_gets_filler():
     shares = [micro_batches(_pairs([5]), 2, 2, rank) for rank in range(2)]
     assert [[micro.filler for micro in share] for share in shares] == [[False], [True]]

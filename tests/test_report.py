@@ -57,7 +57,10 @@ def run(config):
     )
     for step in range(1, 5):
         run.record(stage="train", step=step, epoch=1 + step // 3, loss=2.0 / step, margin=step)
-    for epoch, pairs in ((1, [PAIR, NONE]), (2, [replace(PAIR, rejected_epoch=1), PAIR])):
+    for epoch, pairs in (
+        (1, [PAIR, NONE]),
+        (2, [replace(PAIR, prompt_id="p2", rejected_epoch=1), PAIR]),
+    ):
         publish(run.checkpoint(epoch), {"config.json": "{}"})
         folder = storage.staging_folder(run.pairs(epoch))
         table = to_table(Pair, pairs)

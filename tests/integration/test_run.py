@@ -3,11 +3,12 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,8 @@ SHOT = {
     "question": "Tom has 5 pens. How many pens?",
     "answer": "He starts with 5 pens and buys 3. The answer is \\boxed{8}.",
 }
-POLL_S, STAGE_LIMIT_S, ORPHAN_LIMIT_S = 0.02, 400, 20
+POLL_S, TIME_LIMIT_S, ORPHAN_LIMIT_S = 0.02, 400, 20
+NOISE = r"WARN|INFO|ERROR|Traceback|Warning|pid=|it/s|\x1b|\r"
 
 
 @dataclass(frozen=True)
@@ -41,62 +43,75 @@ class Recipe:
     file: Path
 
     @property
-    def folder(self) -> Path:
-        return self.file.parent / "run"
+    def home(self) -> Path:
+        return self.file.parent
 
     @property
-    def store(self) -> Path:
-        return self.file.parent / "store"
+    def run(self) -> Path:
+        return self.home / "run"
 
     def keys(self) -> list[str]:
         """Keys of the samples that are stored, as often as they are there."""
-        files = [str(marker).removesuffix(".ok") for marker in self.store.rglob("*.ok")]
+        files = [str(file).removesuffix(".ok") for file in (self.home / "store").rglob("*.ok")]
         return [key for file in files for key in pq.read_table(file)["key"].to_pylist()]
 
     def steps(self, epoch: int) -> list[int]:
         """Numbers of an epoch's training steps, in the order in which they were taken."""
-        file = self.folder / "metrics.jsonl"
+        file = self.run / "metrics.jsonl"
         lines = map(json.loads, file.read_text().splitlines() if file.exists() else [])
         return [x["step"] for x in lines if x["stage"] == "train" and x["epoch"] == epoch]
 
-    def has(self, name: str) -> bool:
-        return (self.folder / name).exists()
-
     def evaluated(self) -> set[str]:
-        return {file.stem for file in self.folder.glob("evals/*.json")}
+        return {file.stem for file in self.run.glob("evals/*.json")}
 
-    def files(self) -> set[str]:
-        return {str(path.relative_to(self.file.parent)) for path in self.file.parent.rglob("*")}
+    def files(self) -> dict[str, int]:
+        """What is on the disk, and when it was written."""
+        return {str(path): path.stat().st_mtime_ns for path in self.home.rglob("*")}
 
 
-def go(recipe: Recipe, *overrides: str, until: Callable[[], bool] | None = None):
-    """Run until the command ends, or kill it once `until` holds; its exit code and its screen.
+@dataclass(frozen=True)
+class Try:
+    """How one try of a command ended."""
+
+    code: int
+    screen: str
+    seconds: float
+
+
+def go(
+    recipe: Recipe,
+    overrides: Iterable[str] = (),
+    until: Callable[[str], object] | None = None,
+    how: signal.Signals = signal.SIGKILL,
+) -> Try:
+    """Run until the command ends, or signal its process once `until`, given the screen, holds.
 
     Fails where any process that it started outlives it.
     """
-    screen = recipe.file.parent.with_suffix(".screen")
+    screen = recipe.home.with_suffix(".screen")
+    started, family = time.monotonic(), set[psutil.Process]()
     with screen.open("w") as stream:
         driver = subprocess.Popen(
             [sys.executable, "potstill.py", "run", str(recipe.file), *overrides],
             cwd=PROJECT,
-            env={**os.environ, "POTSTILL_CACHE": str(recipe.file.parent / "cache")},
+            env={**os.environ, "POTSTILL_CACHE": str(recipe.home / "cache")},
             stdout=stream,
             stderr=subprocess.STDOUT,
         )
-    family: set[psutil.Process] = set()
-    deadline = time.monotonic() + STAGE_LIMIT_S
     try:
-        while driver.poll() is None and not (until and until()):
-            assert time.monotonic() < deadline, screen.read_text()
+        while driver.poll() is None and not (until and until(screen.read_text())):
+            assert time.monotonic() - started < TIME_LIMIT_S, screen.read_text()
             family |= children_of(driver.pid)
             time.sleep(POLL_S)
+        driver.send_signal(how)
+        driver.wait(60)
     finally:
         driver.kill()
-    code, started = driver.wait(), time.monotonic()
+    ended = time.monotonic()
     _, orphans = psutil.wait_procs(family, timeout=ORPHAN_LIMIT_S)
-    print(f"{len(family)} processes, gone after {time.monotonic() - started:.1f} s")
+    print(f"{len(family)} processes, gone after {time.monotonic() - ended:.1f} s")
     assert [" ".join(process.cmdline()) for process in orphans] == []
-    return code, screen.read_text()
+    return Try(driver.wait(), screen.read_text(), ended - started)
 
 
 def children_of(pid: int) -> set[psutil.Process]:
@@ -112,31 +127,29 @@ def free_port() -> int:
 
 
 def write_data(folder: Path) -> Path:
-    """Problems in the manner of GSM8K; each second one is answered by 3, the others by 8."""
-    folder.mkdir(parents=True)
-    number = 0
+    """Problems in the manner of GSM8K: the answers to half of them are 3, to the others 8."""
+    folder.mkdir()
+    first = 0
     for split, count in PROMPTS.items():
-        rows = []
-        for _ in range(count):
-            number += 1
-            gold = "38"[number % 2]
-            rows.append(
-                {"question": f"Tom has {number} pens. How many pens?", "answer": f"#### {gold}"}
-            )
+        rows = [
+            {"question": f"Tom has {n} pens. How many pens?", "answer": f"#### {'38'[n % 2]}"}
+            for n in range(first, first + count)
+        ]
+        first += count
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
 
 
-def write_recipe(folder: Path, model: Path) -> Recipe:
-    recipe = Recipe(folder / "recipe.yaml")
+def write_recipe(home: Path, model: Path) -> Recipe:
     section = {"model": str(model), "dtype": "float32"}
+    context = {"max_model_len": 256, "kv_cache_gib": 0.2}
+    recipe = Recipe(home / "recipe.yaml")
     config = {
-        "run": {"folder": str(recipe.folder), "store": str(recipe.store)},
-        "task": {"name": "gsm8k", "data": str(write_data(folder / "data"))},
+        "run": {"folder": str(recipe.run), "store": str(home / "store")},
+        "task": {"name": "gsm8k", "data": str(write_data(home / "data"))},
         "teacher": section | {"few_shot": [SHOT]},
         "student": section,
         "sampling": {"samples": SAMPLES, "max_new_tokens": 40, "max_rouge_l": 0.99},
-        "pairs": {"phi": 0.5, "negatives": "wrong"},
         "training": {
             "epochs": 2,
             "learning_rate": 3e-4,
@@ -146,14 +159,9 @@ def write_recipe(folder: Path, model: Path) -> Recipe:
             "precision": "fp32",
             "threads_per_worker": 1,
         },
-        "engines": {
-            "max_model_len": 256,
-            "kv_cache_gib": 0.2,
-            "enforce_eager": True,
-            "batch_rows": 2,
-            "batches_in_flight": 1,
-        },
-        "serving": {"port": free_port(), "max_model_len": 256, "kv_cache_gib": 0.2},
+        # Many small batches, so that there is time to kill the run between two of them.
+        "engines": context | {"enforce_eager": True, "batch_rows": 2, "batches_in_flight": 1},
+        "serving": context | {"port": free_port()},
     }
     recipe.file.write_text(yaml.safe_dump(config))
     return recipe
@@ -161,15 +169,168 @@ def write_recipe(folder: Path, model: Path) -> Recipe:
 
 @pytest.fixture(scope="module")
 def whole(guesser, tmp_path_factory):
-    """A run that nothing disturbed, and what it said."""
+    """A run that nothing disturbed, and how it ended."""
     recipe = write_recipe(tmp_path_factory.mktemp("whole"), guesser)
-    code, screen = go(recipe)
-    print(screen)
-    assert code == 0, screen
-    return recipe, screen
+    ended = go(recipe)
+    print(ended.screen, f"{ended.seconds:.0f} s")
+    assert ended.code == 0, ended.screen
+    return recipe, ended.screen
 
 
-def test_a_run_says_how_far_it_is_and_ends_with_the_table(whole):
+# Stage: how it is known to be under way, and the file that is there once it is done.
+STAGES = {
+    "teacher": (lambda recipe: recipe.keys(), "completions/teacher.parquet"),
+    "student": (lambda recipe: len(recipe.keys()) > TRACES, "completions/student_000.parquet"),
+    "epoch 1": (lambda recipe: recipe.steps(1), "checkpoints/epoch_001/PUBLISHED.json"),
+    "resampling": (
+        lambda recipe: len(recipe.keys()) > 2 * TRACES,
+        "completions/student_001.parquet",
+    ),
+    "epoch 2": (lambda recipe: recipe.steps(2), "checkpoints/epoch_002/PUBLISHED.json"),
+    "evaluation": (lambda recipe: recipe.evaluated(), "report.html"),
+}
+
+
+@pytest.fixture(scope="module")
+def disturbed(guesser, tmp_path_factory):
+    """A run that was killed in each stage, and what it said in the try after each kill."""
+    recipe = write_recipe(tmp_path_factory.mktemp("disturbed"), guesser)
+    screens, killed = {}, None
+    for stage, (under_way, result) in STAGES.items():
+        ended = go(recipe, until=lambda _, under_way=under_way: under_way(recipe))
+        print(f"--- killed in {stage} after {ended.seconds:.0f} s\n{ended.screen}")
+        assert ended.code == -signal.SIGKILL, ended.screen
+        assert not (recipe.run / result).exists(), f"not killed in {stage}, but after it"
+        screens[killed], killed = ended.screen, stage
+    ended = go(recipe)
+    print(f"--- {ended.seconds:.0f} s\n{ended.screen}")
+    assert ended.code == 0, ended.screen
+    return recipe, screens | {killed: ended.screen}
+
+
+def test_the_screen_is_plain_lines_that_end_with_the_table(whole):
     recipe, screen = whole
+    lines = screen.splitlines()
+    assert [line for line in lines if re.search(NOISE, line)] == []
+    assert max(len(line) for line in lines if str(recipe.home) not in line) <= 120
+    for work in ("sampling teacher", "sampling student_001", "epoch 2/2", "teacher test"):
+        assert any(line.startswith(work) and "(100 %)" in line for line in lines), work
+    assert any(line.startswith("student after epoch 2") for line in lines[-8:])
     assert recipe.evaluated() == EVALUATIONS
-    assert all(recipe.has(name) for name in ("report.html", "README.md"))
+    assert (recipe.run / "report.html").exists()
+
+
+SAID = {
+    "teacher": [rf"teacher: \d+ of {TRACES} samples reused"],
+    "student": ["traces of: teacher\n", rf"student_000: \d+ of {TRACES} samples reused"],
+    "epoch 1": ["traces of: student_000, teacher\n", "drawn for epochs: 1\n", "trained: none yet"],
+    "resampling": ["going on after epoch 1 of 2", rf"student_001: \d+ of {TRACES} samples reused"],
+    "epoch 2": ["drawn for epochs: 1, 2\n", "going on after epoch 1 of 2"],
+    "evaluation": ["epochs trained: 1, 2 of 2", "nothing to train", "1 of 6 results reused"],
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_that_goes_on_says_what_it_reuses(stage, disturbed):
+    _, screens = disturbed
+    assert [said for said in SAID[stage] if not re.search(said, screens[stage])] == []
+    assert not re.search(NOISE, screens[stage])
+
+
+def test_nothing_is_sampled_twice(disturbed, whole):
+    keys = disturbed[0].keys()
+    assert len(keys) == len(set(keys)) == 3 * TRACES
+    assert set(keys) == set(whole[0].keys())
+
+
+def test_no_finished_epoch_is_trained_again(disturbed, whole):
+    for epoch in (1, 2):
+        once, steps = whole[0].steps(epoch), disturbed[0].steps(epoch)
+        killed_after = len(steps) - len(once)
+        assert 0 < killed_after < len(once)
+        assert steps == once[:killed_after] + once
+
+
+def test_the_end_is_that_of_a_run_which_nothing_disturbed(disturbed, whole):
+    ours, theirs = disturbed[0].run, whole[0].run
+    for name in ("pairs/epoch_001/pairs.parquet", "pairs/epoch_002/pairs.parquet"):
+        assert pq.read_table(ours / name).equals(pq.read_table(theirs / name))
+    for name in EVALUATIONS:
+        answers = pq.read_table(ours / f"evals/{name}.parquet")
+        assert answers.equals(pq.read_table(theirs / f"evals/{name}.parquet")), name
+    weights = [load_file(run / "checkpoints/epoch_002/model.safetensors") for run in (ours, theirs)]
+    torch.testing.assert_close(*weights, atol=1e-6, rtol=0)
+
+
+def test_pairs_hold_what_both_students_got_wrong(whole):
+    epochs = pq.read_table(whole[0].run / "pairs/epoch_002")["rejected_epoch"].to_pylist()
+    assert {0, 1} <= set(epochs)
+
+
+def test_a_finished_run_is_left_as_it_is(disturbed):
+    recipe, _ = disturbed
+    steps, keys, results = recipe.run / "metrics.jsonl", recipe.keys(), recipe.evaluated()
+    before = steps.read_text()
+    ended = go(recipe)
+    assert ended.code == 0
+    assert "6 of 6 results reused" in ended.screen
+    assert (steps.read_text(), recipe.keys(), recipe.evaluated()) == (before, keys, results)
+
+
+def test_another_recipe_is_refused(whole):
+    recipe, _ = whole
+    before = recipe.files()
+    ended = go(recipe, ["pairs.phi=1.0"])
+    assert ended.code == 2
+    assert ended.screen.count("\n") == 1
+    assert re.match(r"error: .*pairs.phi was 0.5 and is now 1.0.*run.folder", ended.screen)
+    assert recipe.files() == before
+
+
+@pytest.fixture
+def fresh(guesser, tmp_path):
+    (tmp_path / "fresh").mkdir()
+    return write_recipe(tmp_path / "fresh", guesser)
+
+
+BAD = {
+    "a missing model": ("student.model=/no/such/model", "no model '/no/such/model'"),
+    "an unknown option": ("training.epoch=3", "training.epoch is not an option: .*epochs"),
+    "an empty data folder": ("task.data=NOTHING", "expected files such as train.jsonl"),
+    "a small engine": ("engines.max_model_len=100", "tokens .*engines.max_model_len=100: raise"),
+    "a small endpoint": ("serving.max_model_len=100", "tokens .*serving.max_model_len=100: raise"),
+    "short rows": ("training.max_length=50", "no room for a response in training.max_length=50"),
+    "a large engine": ("engines.max_model_len=4096", "more than the teacher's own context of 512"),
+}
+
+
+@pytest.mark.parametrize("mistake", BAD)
+def test_bad_input_is_refused_before_anything_starts(mistake, fresh, tmp_path):
+    override, message = BAD[mistake]
+    _refused(fresh, override.replace("NOTHING", str(tmp_path)), message)
+
+
+def test_problems_without_gold_answers_are_refused(fresh):
+    (fresh.home / "data" / "train.jsonl").write_text('{"question": "How many?", "answer": "?"}')
+    _refused(fresh, "run.seed=1", r"train.jsonl line 1: the gold answer is '\?'")
+
+
+def test_a_taken_port_is_refused(fresh):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        _refused(fresh, f"serving.port={port}", f"port={port} cannot be listened on")
+
+
+def _refused(recipe: Recipe, override: str, message: str) -> None:
+    before = recipe.files()
+    ended = go(recipe, [override])
+    assert ended.code == 2, ended.screen
+    assert re.match(f"error: .*{message}", ended.screen), ended.screen
+    assert ended.screen.count("\n") == 1
+    assert recipe.files() == before
+
+
+def test_an_interruption_says_that_the_run_can_go_on(fresh):
+    ended = go(fresh, until=lambda screen: "starting 1 sampling" in screen, how=signal.SIGINT)
+    assert ended.code == 75, ended.screen
+    assert ended.screen.endswith("interrupted: the same command goes on from here\n")

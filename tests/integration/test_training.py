@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -266,18 +267,21 @@ def _first_loss(run: RunFolder, model: Path, epoch: int) -> float:
     return pair_losses(logps, batch, counts, training)[0].item()
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_pair(tiny_llama, tmp_path):
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_pairs(tiny_llama, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(tiny_llama, broken)
     weights = load_file(broken / "model.safetensors")
-    nine = AutoTokenizer.from_pretrained(tiny_llama).convert_tokens_to_ids("Z")
-    weights["model.embed_tokens.weight"][nine] = float("inf")
+    weights["model.norm.weight"][0] = float("inf")
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     run = RunFolder(UPath(tmp_path / "run"))
     _publish_pairs(run, 1)
     config = _config(tmp_path / "run", broken, workers=2, micro_batch=1)
-    with pytest.raises(RunError, match=r"step 1: .* not finite"):
+    with pytest.raises(RunError, match=r"step 1: .* not finite") as caught:
         train(run, config, WritesPairs.remote(run))
+    first = global_batches(PAIRS, 4, seed=3, epoch=1)[0]
+    assert set(re.findall(r"\bp\d+", str(caught.value))) == {f"p{n}" for n in first}, (
+        "both workers'"
+    )
     assert not storage.is_published(run.checkpoint(1))
     assert not (run.root / "metrics.jsonl").exists()
 
