@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from cluster.config import RunConfig
 from cluster.errors import BadInputError
+from cluster.progress import say
 
 # Read by processes that start later; a value that the user has set is left alone.
 _ENVIRONMENT = {
@@ -56,8 +57,10 @@ def _start(config: RunConfig) -> None:
     }
     try:
         if address:
+            say(f"joining Ray at {address}")
             ray.init(address=address, runtime_env=runtime_env, logging_level=logging.ERROR)
         else:
+            say("starting Ray on this machine")
             ray.init(
                 address="local",  # without it Ray joins a cluster that happens to run here
                 num_cpus=logical_cpus(config),

@@ -16,6 +16,7 @@ from cluster.errors import RunError
 from cluster.progress import say
 from cluster.sections import Dtype, Engines
 from cluster.session import start_serve
+from cluster.storage import digest_text
 from pipeline.models import model_digest, resolve_model
 
 APP_NAME = "potstill-sampler"
@@ -145,7 +146,6 @@ def start_engine(folder: Path, weights: Weights, engines: Engines, on_gpu: bool)
     if not on_gpu:
         threads = engines.cpu_threads or f"0-{(os.cpu_count() or 1) - 1}"
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = threads
-        os.environ["VLLM_CPU_KVCACHE_SPACE"] = f"{engines.kv_cache_gib:g}"
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -164,6 +164,7 @@ def start_engine(folder: Path, weights: Weights, engines: Engines, on_gpu: bool)
         # A per-request seed kills the CPU engine when chunked prefill splits a prompt.
         arguments.enable_chunked_prefill = False
         arguments.max_num_batched_tokens = max(8192, engines.max_model_len)
+        arguments.kv_cache_memory_bytes = int(engines.kv_cache_gib * (1 << 30))
     return AsyncLLM.from_engine_args(arguments)
 
 
@@ -217,7 +218,7 @@ def _deployment(engines: Engines, on_gpu: bool, weights: Weights) -> Any:
     per_node: dict[str, Any] = {}
     if engines.engines_per_node:
         per_node["max_replicas_per_node"] = engines.engines_per_node
-    return serve.deployment(
+    pool: Any = serve.deployment(
         SamplingEngine,
         name=_DEPLOYMENT,
         user_config=asdict(weights),
@@ -232,6 +233,10 @@ def _deployment(engines: Engines, on_gpu: bool, weights: Weights) -> Any:
         graceful_shutdown_timeout_s=5,
         **per_node,
     )
+    # Engines of an equal version are handed new weights. Serve has no public name for it, and else
+    # makes one up at each deployment, so that every engine would start anew.
+    version = digest_text(weights.architecture, weights.dtype, repr(engines), repr(on_gpu))
+    return pool.options(version=version, _internal=True)
 
 
 def _resources(engines: Engines, on_gpu: bool) -> dict[str, float]:

@@ -16,9 +16,9 @@ def ask(
     kind: Kind | None = None,
     max_tokens: int = 512,
     temperature: float = 0.0,
-    out: TextIO = sys.stdout,
+    out: TextIO | None = None,
 ) -> str:
-    """Stream the answer of `model` at the OpenAI-style `url` to `out`, and return it.
+    """Stream the answer of `model` at the OpenAI-style `url` to `out` or stdout, and return it.
 
     With `kind` the question is worded as in training (pipeline.tasks.instruct). The API key comes
     from OPENAI_API_KEY. Raises BadInputError where nothing answers, or the model is not there,
@@ -26,6 +26,7 @@ def ask(
     """
     import openai
 
+    out = out or sys.stdout
     client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"))
     pieces = []
     try:

@@ -46,6 +46,7 @@ def _fit(run: RunFolder, config: RunConfig, resampler: Any, board: Any, done: in
     from training.worker import Assignment, train_worker
 
     training, on_gpu = config.training, uses_gpu(config)
+    say(f"training: starting {training.workers} worker(s)")
     scaling = ray.train.ScalingConfig(
         num_workers=training.workers,
         use_gpu=on_gpu,

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from cluster import storage
 from cluster.config import RunConfig
-from cluster.errors import RunError
+from cluster.errors import BadInputError, RunError
 from cluster.progress import attach, progress
 from cluster.run_folder import RunFolder
 from pipeline.chat import Chat, load_chat
@@ -116,6 +116,11 @@ class Worker:
                 f"the pairs of epoch {epoch} did not come within {limit:.0f} s: raise "
                 "training.resample_timeout_s, or add engines (engines.max_engines)"
             ) from None
+        except ray.exceptions.RayTaskError as error:
+            # Ray wraps what the actor raised; the user needs the cause.
+            if isinstance(error.cause, BadInputError | RunError):
+                raise error.cause from None
+            raise
 
     def _read_pairs(self, epoch: int) -> list[Pair]:
         return from_table(Pair, storage.read_table(self.run.pairs(epoch)))

@@ -1,9 +1,9 @@
 """One-step word problems that the project makes itself, so that a first run needs no data set.
 
-A problem is one of twelve wordings of +, -, x and /, with a name, a thing and two operands from 2
-to `largest_operand`: sums and products of the two; a difference or an exact quotient is a sum or a
-product turned round. Each distinct text belongs to one part by its digest, so that the parts share
-no problem, whatever the sizes asked for.
+A problem is one of twelve wordings of +, -, x and /, with a name, a thing and operands of at most
+`largest_operand`: sums and products of two numbers from 2; products turned round, for exact
+quotients; differences whose answer is above 0. Each distinct text belongs to one part by its
+digest, so that the parts share no problem, whatever the sizes asked for.
 """
 
 import random
@@ -78,14 +78,22 @@ def generate(section: sections.Task, split: Split, seed: int) -> Iterator[Prompt
         raise BadInputError(
             f"task.largest_operand={largest}, expected 2 to {_LARGEST}: set one of these"
         )
-    for index in _permutation(_count(largest), seed):
-        prompt = _problem(index, largest)
+    cases = _cases(largest)
+    for index in _permutation(len(cases) * len(_NAMES) * len(_THINGS), seed):
+        prompt = _problem(index, cases)
         if part_of(problem_key(prompt)) == split:
             yield prompt
 
 
-def _count(largest: int) -> int:
-    return len(_WORDINGS) * len(_NAMES) * len(_THINGS) * (largest - 1) ** 2
+def _cases(largest: int) -> list[tuple[int, int, int]]:
+    """Every (wording, a, b)."""
+    pairs = [(a, b) for a in range(2, largest + 1) for b in range(2, largest + 1)]
+    differences = [(a, b) for a in range(1, largest) for b in range(1, largest - a + 1)]
+    return [
+        (wording, a, b)
+        for wording, (answer, _) in enumerate(_WORDINGS)
+        for a, b in (differences if answer == "a" else pairs)
+    ]
 
 
 def _permutation(size: int, seed: int) -> Iterator[int]:
@@ -98,11 +106,10 @@ def _permutation(size: int, seed: int) -> Iterator[int]:
         moved[other] = moved.pop(position, position)
 
 
-def _problem(index: int, largest: int) -> Prompt:
-    index, wording = divmod(index, len(_WORDINGS))
+def _problem(index: int, cases: list[tuple[int, int, int]]) -> Prompt:
     index, name = divmod(index, len(_NAMES))
     index, thing = divmod(index, len(_THINGS))
-    a, b = (operand + 2 for operand in divmod(index, largest - 1))
+    wording, a, b = cases[index]
     numbers = {"a": a, "b": b, "sum": a + b, "product": a * b}
     answer, template = _WORDINGS[wording]
     question = template.format(name=_NAMES[name], things=_THINGS[thing], **numbers)

@@ -1,6 +1,9 @@
 """Trainer and sampler mean the same by a log-probability."""
 
-import os
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,33 +13,17 @@ pytestmark = pytest.mark.integration
 ANSWER = r"He starts with 3 pens. 3 + 5 = 8. The answer is \boxed{8}."
 
 
-def vllm_logprobs(folder, prompt, response):
+def vllm_logprobs(folder, prompt, response, out):
     """Log-probabilities of the response's tokens, as vLLM gives them for a prompt."""
-    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0"
-    from vllm import LLM, SamplingParams, TokensPrompt
-
-    engine = LLM(
-        str(folder),
-        dtype="float32",
-        max_model_len=256,
-        enforce_eager=True,
-        enable_prefix_caching=False,
-        disable_log_stats=True,
-    )
-    try:
-        request = TokensPrompt(prompt_token_ids=prompt + response)
-        output = engine.generate([request], SamplingParams(max_tokens=1, prompt_logprobs=0))[0]
-    finally:
-        engine.llm_engine.engine_core.shutdown()
-    scored = output.prompt_logprobs[len(prompt) :]
-    return torch.tensor(
-        [scores[token].logprob for scores, token in zip(scored, response, strict=True)]
-    )
+    program = Path(__file__).with_name("vllm_scores.py")
+    request = json.dumps({"prompt": prompt, "response": response})
+    command = [sys.executable, str(program), str(folder), request, str(out)]
+    subprocess.run(command, capture_output=True, timeout=300, check=True)
+    return torch.tensor(json.loads(out.read_text()))
 
 
 @pytest.mark.parametrize("family", ["tiny_llama", "tiny_gemma"])
-def test_the_trainer_scores_a_response_as_vllm_does(family, request):
+def test_the_trainer_scores_a_response_as_vllm_does(family, request, tmp_path):
     from transformers import AutoModelForCausalLM
 
     from pipeline.chat import load_chat
@@ -52,7 +39,7 @@ def test_the_trainer_scores_a_response_as_vllm_does(family, request):
     with torch.no_grad():
         batch = collate([Row(prompt, [other, response])], chat.pad_id)
         ours = ResponseLogProbs(model)(batch)[-len(response) :]
-    theirs = vllm_logprobs(folder, prompt, response)
+    theirs = vllm_logprobs(folder, prompt, response, tmp_path / "scores.json")
     assert len(response) > 10
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     assert ours.std() > 1e-3  # not the flat scores of a model that knows nothing

@@ -32,7 +32,7 @@ SHOT = {
     "question": "Tom has 5 pens. How many pens?",
     "answer": "He starts with 5 pens and buys 3. The answer is \\boxed{8}.",
 }
-POLL_S, TIME_LIMIT_S, ORPHAN_LIMIT_S = 0.02, 400, 20
+POLL_S, LOOKS_A_FAMILY, TIME_LIMIT_S, ORPHAN_LIMIT_S = 0.05, 20, 800, 20
 NOISE = r"WARN|INFO|ERROR|Traceback|Warning|pid=|it/s|\x1b|\r"
 
 
@@ -98,11 +98,15 @@ def go(
             stdout=stream,
             stderr=subprocess.STDOUT,
         )
+    looks = 0
     try:
         while driver.poll() is None and not (until and until(screen.read_text())):
             assert time.monotonic() - started < TIME_LIMIT_S, screen.read_text()
-            family |= children_of(driver.pid)
+            if looks % LOOKS_A_FAMILY == 0:  # seldom: it reads all of /proc
+                family |= children_of(driver.pid)
+            looks += 1
             time.sleep(POLL_S)
+        family |= children_of(driver.pid)
         driver.send_signal(how)
         driver.wait(60)
     finally:
@@ -287,50 +291,9 @@ def test_another_recipe_is_refused(whole):
     assert recipe.files() == before
 
 
-@pytest.fixture
-def fresh(guesser, tmp_path):
-    (tmp_path / "fresh").mkdir()
-    return write_recipe(tmp_path / "fresh", guesser)
-
-
-BAD = {
-    "a missing model": ("student.model=/no/such/model", "no model '/no/such/model'"),
-    "an unknown option": ("training.epoch=3", "training.epoch is not an option: .*epochs"),
-    "an empty data folder": ("task.data=NOTHING", "expected files such as train.jsonl"),
-    "a small engine": ("engines.max_model_len=100", "tokens .*engines.max_model_len=100: raise"),
-    "a small endpoint": ("serving.max_model_len=100", "tokens .*serving.max_model_len=100: raise"),
-    "short rows": ("training.max_length=50", "no room for a response in training.max_length=50"),
-    "a large engine": ("engines.max_model_len=4096", "more than the teacher's own context of 512"),
-}
-
-
-@pytest.mark.parametrize("mistake", BAD)
-def test_bad_input_is_refused_before_anything_starts(mistake, fresh, tmp_path):
-    override, message = BAD[mistake]
-    _refused(fresh, override.replace("NOTHING", str(tmp_path)), message)
-
-
-def test_problems_without_gold_answers_are_refused(fresh):
-    (fresh.home / "data" / "train.jsonl").write_text('{"question": "How many?", "answer": "?"}')
-    _refused(fresh, "run.seed=1", r"train.jsonl line 1: the gold answer is '\?'")
-
-
-def test_a_taken_port_is_refused(fresh):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        _refused(fresh, f"serving.port={port}", f"port={port} cannot be listened on")
-
-
-def _refused(recipe: Recipe, override: str, message: str) -> None:
-    before = recipe.files()
-    ended = go(recipe, [override])
-    assert ended.code == 2, ended.screen
-    assert re.match(f"error: .*{message}", ended.screen), ended.screen
-    assert ended.screen.count("\n") == 1
-    assert recipe.files() == before
-
-
-def test_an_interruption_says_that_the_run_can_go_on(fresh):
-    ended = go(fresh, until=lambda screen: "starting 1 sampling" in screen, how=signal.SIGINT)
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_says_that_the_run_can_go_on(how, guesser, tmp_path):
+    recipe = write_recipe(tmp_path, guesser)
+    ended = go(recipe, until=lambda screen: "starting 1 sampling" in screen, how=how)
     assert ended.code == 75, ended.screen
     assert ended.screen.endswith("interrupted: the same command goes on from here\n")

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import psutil
 import pytest
 import yaml
 
@@ -70,6 +71,11 @@ def by_key(samples: list[Sample]) -> dict[str, Sample]:
     return {row.key: row for row in samples}
 
 
+def running_engines():
+    processes = psutil.Process().children(recursive=True)
+    return {process for process in processes if "EngineCore" in " ".join(process.cmdline())}
+
+
 def with_options(config, **sections):
     raw = config.model_dump(mode="json")
     for section, options in sections.items():
@@ -125,6 +131,7 @@ def test_a_warm_engine_takes_new_weights(config, tiny_llama, tmp_path, prompts, 
     old, new = writer(config, tiny_llama, prompts), writer(config, changed, prompts)
     assert old.weights.architecture == new.weights.architecture
     before = sample(old, prompts, config, store, on_gpu=False)
+    engines = running_engines()
     after = sample(new, prompts, config, store, on_gpu=False)
     assert {row.model for row in after} == {new.weights.digest}
     assert {row.key for row in before}.isdisjoint(row.key for row in after)
@@ -132,6 +139,8 @@ def test_a_warm_engine_takes_new_weights(config, tiny_llama, tmp_path, prompts, 
     # Back to the old weights: the same seeds give the same texts as before.
     fresh = SampleStore(location(str(tmp_path / "fresh")))
     back = by_key(sample(old, prompts, config, fresh, on_gpu=False))
+    assert len(engines) == 1
+    assert running_engines() == engines, "the engine was started anew"
     assert {key: row.text for key, row in back.items()} == {
         key: row.text for key, row in by_key(before).items()
     }

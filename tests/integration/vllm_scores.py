@@ -1,0 +1,34 @@
+"""Writes vLLM's log-probabilities of a response to a file: a program, as vLLM wants its own.
+
+python vllm_scores.py FOLDER '{"prompt": [ids], "response": [ids]}' OUT.json
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0"
+    from vllm import LLM, SamplingParams, TokensPrompt
+
+    folder, request = sys.argv[1], json.loads(sys.argv[2])
+    engine = LLM(
+        folder,
+        dtype="float32",
+        max_model_len=256,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+        kv_cache_memory_bytes=1 << 27,
+    )
+    prompt = TokensPrompt(prompt_token_ids=request["prompt"] + request["response"])
+    output = engine.generate([prompt], SamplingParams(max_tokens=1, prompt_logprobs=0))[0]
+    scored = output.prompt_logprobs[len(request["prompt"]) :]
+    pairs = zip(scored, request["response"], strict=True)
+    Path(sys.argv[3]).write_text(json.dumps([scores[token].logprob for scores, token in pairs]))
+
+
+if __name__ == "__main__":
+    main()
