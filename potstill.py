@@ -15,7 +15,7 @@ from cluster.config import RunConfig, load_config
 from cluster.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, BadInputError, RunError
 from cluster.progress import console, hush, say, watched_board
 from cluster.run_folder import RunFolder, check_recipe, open_run
-from cluster.session import ray_session
+from cluster.session import ray_session, result_of
 from cluster.storage import cache_folder, location
 
 app = typer.Typer(
@@ -63,7 +63,7 @@ def sample(config: Config, overrides: Overrides = None) -> None:
     """Only sample and grade, and draw the pairs of the first epoch."""
     folder, settings = _start(config, overrides)
     with _data_plane(folder, settings) as (resampler, _):
-        _wait_for(resampler.prepare_epoch.remote(1))
+        result_of(resampler.prepare_epoch.remote(1))
     say(f"traces: {folder.root / 'completions'}, pairs: {folder.pairs(1)}")
 
 
@@ -110,9 +110,9 @@ def _data_plane(folder: RunFolder, config: RunConfig) -> Iterator[tuple[Any, Any
 def _train(folder: RunFolder, config: RunConfig, resampler: Any, board: Any) -> None:
     from training.stage import train as train_student
 
-    _wait_for(resampler.prepare_epoch.remote(1))
+    result_of(resampler.prepare_epoch.remote(1))
     train_student(folder, config, resampler, board)
-    _wait_for(resampler.release.remote())
+    result_of(resampler.release.remote())
 
 
 def _evaluate(folder: RunFolder, config: RunConfig) -> None:
@@ -134,18 +134,6 @@ def _finish(folder: RunFolder, config: RunConfig) -> None:
     url = f"http://{config.serving.host}:{config.serving.port}/v1"
     question = shlex.quote(example.question)
     say(f"ask:    potstill ask {question} --kind {example.kind} --url {url}")
-
-
-def _wait_for(reference: Any) -> Any:
-    import ray
-
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        # Ray wraps what an actor raised; the user needs the cause.
-        if isinstance(error.cause, BadInputError | RunError):
-            raise error.cause from None
-        raise
 
 
 @app.command()

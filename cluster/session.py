@@ -5,9 +5,10 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from cluster.config import RunConfig
-from cluster.errors import BadInputError
+from cluster.errors import BadInputError, RunError
 from cluster.progress import say
 
 # Read by processes that start later; a value that the user has set is left alone.
@@ -82,6 +83,18 @@ def starts_own_cluster(config: RunConfig) -> bool:
 
 def _address(config: RunConfig) -> str | None:
     return config.cluster.address or os.environ.get("RAY_ADDRESS") or None
+
+
+def result_of(reference: Any, timeout_s: float | None = None) -> Any:
+    """`ray.get`, but a mistake or a failure that an actor met is raised as itself, unwrapped."""
+    import ray
+
+    try:
+        return ray.get(reference, timeout=timeout_s)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, BadInputError | RunError):
+            raise error.cause from None
+        raise
 
 
 def refuse_taken_port(host: str, port: int) -> None:

@@ -14,9 +14,10 @@ import torch.distributed as dist
 
 from cluster import storage
 from cluster.config import RunConfig
-from cluster.errors import BadInputError, RunError
+from cluster.errors import RunError
 from cluster.progress import attach, progress
 from cluster.run_folder import RunFolder
+from cluster.session import result_of
 from pipeline.chat import Chat, load_chat
 from pipeline.logprobs import shares_prompts
 from pipeline.models import resolve_model
@@ -110,17 +111,12 @@ class Worker:
         # A little less than what the others wait, so that the reason comes from here.
         limit = 0.95 * self.training.resample_timeout_s
         try:
-            ray.get(self.assignment.resampler.prepare_epoch.remote(epoch), timeout=limit)
+            result_of(self.assignment.resampler.prepare_epoch.remote(epoch), limit)
         except ray.exceptions.GetTimeoutError:
             raise RunError(
                 f"the pairs of epoch {epoch} did not come within {limit:.0f} s: raise "
                 "training.resample_timeout_s, or add engines (engines.max_engines)"
             ) from None
-        except ray.exceptions.RayTaskError as error:
-            # Ray wraps what the actor raised; the user needs the cause.
-            if isinstance(error.cause, BadInputError | RunError):
-                raise error.cause from None
-            raise
 
     def _read_pairs(self, epoch: int) -> list[Pair]:
         return from_table(Pair, storage.read_table(self.run.pairs(epoch)))
