@@ -43,7 +43,7 @@ def plan(config: Config, overrides: Overrides = None) -> None:
     from pipeline.plan import describe_plan, plan_run
 
     described = plan_run(load_config(config, overrides))
-    console().print(describe_plan(described))
+    console().print(describe_plan(described, with_prompts=True))
     if described.refusals:
         raise BadInputError("; ".join(described.refusals))
 

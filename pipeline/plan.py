@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from rich.table import Table
+from rich.text import Text
 
 from cluster import memory
 from cluster.config import RunConfig
@@ -35,6 +36,7 @@ class Plan:
 
     rows: list[tuple[str, str]] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
+    rendered: list[tuple[str, str]] = field(default_factory=list)
 
     def check(self, step: Callable[[], Found]) -> Found | None:
         """Take a step of planning; a mistake that it finds becomes a refusal."""
@@ -47,12 +49,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Probe:
-    """A model of the run, with the longest prompts that it will see."""
+    """A model of the run, with the ids of the longest prompt that it will sample from."""
 
     folder: Path
     shape: memory.ModelShape
     chat: Chat
-    longest_prompt: int
+    prompt_ids: list[int]
+
+    @property
+    def longest_prompt(self) -> int:
+        return len(self.prompt_ids)
 
 
 def plan_run(config: RunConfig) -> Plan:
@@ -108,7 +114,7 @@ def _probe(
                 f"{shape.context}: lower it"
             )
         check_chat(chat, ids, new_tokens, context, f"{part}.max_model_len")
-    return _Probe(folder, shape, chat, len(longest))
+    return _Probe(folder, shape, chat, longest)
 
 
 def _longest_prompt(
@@ -136,6 +142,8 @@ def _plan_models(plan: Plan, config: RunConfig, teacher: _Probe, student: _Probe
             f"{probe.longest_prompt} tokens, {engine:.1f} GiB an engine"
         )
         plan.rows.append((name, text))
+        plan.rendered.append((f"{name} reads", repr(probe.chat.tokenizer.decode(probe.prompt_ids))))
+        plan.rendered.append(("as ids", " ".join(map(str, probe.prompt_ids))))
 
 
 def _plan_work(
@@ -196,11 +204,11 @@ def _seconds(
     return sampled / (decoding * engines) + trained / (training * workers)
 
 
-def describe_plan(plan: Plan) -> Table:
-    """The plan as a table for the terminal."""
+def describe_plan(plan: Plan, with_prompts: bool = False) -> Table:
+    """The plan as a table for the terminal, with a rendered prompt of each model if asked."""
     table = Table(show_header=False, box=None)
-    for name, value in plan.rows:
-        table.add_row(name, value)
+    for name, value in plan.rows + (plan.rendered if with_prompts else []):
+        table.add_row(name, Text(value))
     for refusal in plan.refusals:
-        table.add_row("[red]refused[/red]", refusal)
+        table.add_row("[red]refused[/red]", Text(refusal))
     return table

@@ -267,7 +267,9 @@ def test_the_end_is_that_of_a_run_which_nothing_disturbed(disturbed, whole):
 
 
 def test_pairs_hold_what_both_students_got_wrong(whole):
-    epochs = pq.read_table(whole[0].run / "pairs/epoch_002")["rejected_epoch"].to_pylist()
+    epochs = pq.read_table(whole[0].run / "pairs/epoch_002/pairs.parquet")[
+        "rejected_epoch"
+    ].to_pylist()
     assert {0, 1} <= set(epochs)
 
 

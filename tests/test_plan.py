@@ -1,0 +1,80 @@
+"""The plan: what is counted, and what a reader sees of the prompts."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from cluster.config import parse_config
+from pipeline.plan import describe_plan, plan_run
+
+
+@pytest.fixture
+def plan_of(tiny_llama, tmp_path):
+    def plan(**sections):
+        raw = {
+            "run": {"folder": str(tmp_path / "run")},
+            "cluster": {"address": "auto"},
+            "task": {
+                "name": "word_problems",
+                "train_prompts": 10,
+                "validation_prompts": 2,
+                "test_prompts": 3,
+            },
+            "teacher": {
+                "model": str(tiny_llama),
+                "few_shot": [{"question": "1 + 1?", "answer": r"\boxed{2}"}],
+            },
+            "student": {"model": str(tiny_llama)},
+            "sampling": {"samples": 4, "max_new_tokens": 32},
+            "engines": {"max_model_len": 512},
+            "serving": {"max_model_len": 512},
+            "training": {"epochs": 3, "global_batch": 4},
+        }
+        for section, options in sections.items():
+            raw.setdefault(section, {}).update(options)
+        return plan_run(parse_config(raw, "test"))
+
+    return plan
+
+
+def rows(plan):
+    return dict(plan.rows)
+
+
+def test_traces_pairs_and_steps_are_counted(plan_of):
+    found = rows(plan_of())
+    assert found["task"] == "word_problems: 10 train, 2 validation, 3 test prompts"
+    # The base student, and those after epochs 1 and 2, which epochs 2 and 3 draw from.
+    assert found["sampling"] == "40 traces of the teacher, 3 x 40 of students"
+    assert "3 epochs, about 20 pairs and 15 steps" in found["training"]
+
+
+@pytest.mark.parametrize(
+    ("sections", "students"),
+    [
+        ({"pairs": {"phi": 0}}, 1),
+        ({"pairs": {"phi": 1}}, 3),
+        ({"training": {"epochs": 1}}, 1),
+        ({"training": {"method": "sft"}}, 0),
+    ],
+)
+def test_later_students_are_sampled_only_where_pairs_draw_from_them(plan_of, sections, students):
+    assert rows(plan_of(**sections))["sampling"].endswith(f"{students} x 40 of students")
+
+
+def test_the_prompts_are_shown_as_each_model_reads_them(plan_of):
+    plan = plan_of()
+    screen = Console(file=io.StringIO(), width=10_000)
+    screen.print(describe_plan(plan, with_prompts=True))
+    shown = screen.file.getvalue()
+    assert not plan.refusals
+    teacher, student = (line for line in shown.splitlines() if " reads " in line)
+    assert "1 + 1?" in teacher
+    assert "1 + 1?" not in student
+    assert "<|start|>assistant" in student
+
+
+def test_a_context_too_short_is_refused_with_its_number(plan_of):
+    plan = plan_of(engines={"max_model_len": 64})
+    assert any("engines.max_model_len" in refusal for refusal in plan.refusals)
