@@ -30,10 +30,14 @@ def results_table(run: RunFolder, config: RunConfig | None = None) -> Table:
     return table
 
 
+def _short(label: str) -> str:
+    return label.partition(" (")[0].removeprefix("student ")
+
+
 def _cells(result: Result, with_validation: bool) -> list[str]:
     low, high = result.test["interval_95"]
     cells = [
-        result.label.partition(" (")[0] + (" *" if result.best else ""),
+        _short(result.label) + (" *" if result.best else ""),
         percent_with_error(result.test),
         f"{percent(low)}–{percent(high)}",
         percent(result.test["unparsed"]),

@@ -219,7 +219,7 @@ def test_the_screen_is_plain_lines_that_end_with_the_table(whole):
     assert max(len(line) for line in lines if str(recipe.home) not in line) <= 120
     for work in ("sampling teacher", "sampling student_001", "epoch 2/2", "teacher test"):
         assert any(line.startswith(work) and "(100 %)" in line for line in lines), work
-    assert any(line.startswith("student after epoch 2") for line in lines[-8:])
+    assert any(line.startswith("after epoch 2") for line in lines[-8:])
     assert recipe.evaluated() == EVALUATIONS
     assert (recipe.run / "report.html").exists()
 
