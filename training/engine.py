@@ -104,7 +104,7 @@ class Engine:
 def _initialize(scorer: nn.Module, adam: Any, training: Training, workers: int) -> Any:
     import deepspeed
 
-    # At its start DeepSpeed compiles an all-reduce for CPUs. That takes a minute and a C++ compiler,
+    # At its start DeepSpeed compiles an all-reduce for CPUs. It takes a minute and a C++ compiler,
     # and a worker that is killed meanwhile leaves a lock on which the next one waits for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine, *_ = deepspeed.initialize(
