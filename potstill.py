@@ -172,6 +172,8 @@ def evaluate_one(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 512,
     chat_template: Annotated[str | None, typer.Option(help="A folder's template.")] = None,
     answers: Annotated[Path | None, typer.Option(help="Write the answers here.")] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests under way at once.")] = 32,
+    port: Annotated[int, typer.Option(help="Port on which a folder is served meanwhile.")] = 8000,
 ) -> None:
     """Evaluate a model on a task; the last line is one JSON object."""
     from evals.single import SingleEvaluation, evaluate_model
@@ -186,6 +188,8 @@ def evaluate_one(
         max_new_tokens=max_new_tokens,
         chat_template=chat_template,
         answers=answers,
+        concurrency=concurrency,
+        port=port,
     )
     say(json.dumps(evaluate_model(wanted)))
 

@@ -92,6 +92,11 @@ class SamplingEngine:
             await self._engine.reset_prefix_cache()
         self._digest = weights.digest
 
+    def __del__(self) -> None:
+        """Stop the engine in order; killed, it leaves shared memory and sockets. Serve calls it."""
+        if self._engine is not None:
+            self._engine.shutdown()
+
     async def check_health(self) -> None:
         """Let Ray Serve replace this replica once its engine is dead."""
         if self._engine is not None:
@@ -230,7 +235,7 @@ def _deployment(engines: Engines, on_gpu: bool, weights: Weights) -> Any:
             "target_ongoing_requests": engines.batches_in_flight,
         },
         health_check_timeout_s=120,
-        graceful_shutdown_timeout_s=5,
+        graceful_shutdown_timeout_s=30,  # what an engine on busy cores may take to stop in order
         **per_node,
     )
     # Engines of an equal version are handed new weights. Serve has no public name for it, and else
