@@ -10,3 +10,7 @@ class BadInputError(ValueError):
 
 class RunError(RuntimeError):
     """A run that cannot go on for a reason outside the configuration. Exit code 1."""
+
+
+class OtherModelError(RunError):
+    """An engine holds another model than the one asked for: it has not reloaded yet."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import RunConfig
-from cluster.errors import RunError
+from cluster.errors import OtherModelError, RunError
 from cluster.progress import say
 from cluster.sections import Dtype, Engines
 from cluster.session import start_serve
@@ -107,12 +107,12 @@ class SamplingEngine:
     ) -> list[Completion]:
         """Answer requests, in order. A request that vLLM refuses is answered with its error.
 
-        Raises RunError where another model is loaded than the one with this digest.
+        Raises OtherModelError where another model is loaded than the one with this digest.
         """
         import asyncio
 
         if digest != self._digest:
-            raise RunError(f"the engine holds model {self._digest}, asked for {digest}")
+            raise OtherModelError(f"the engine holds model {self._digest}, asked for {digest}")
         return await asyncio.gather(*(self._complete(request, decoding) for request in requests))
 
     async def _complete(self, request: SampleRequest, decoding: Decoding) -> Completion:

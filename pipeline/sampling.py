@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from cluster.config import RunConfig
-from cluster.errors import RunError
+from cluster.errors import OtherModelError, RunError
 from cluster.progress import progress, say
 from cluster.sections import Model
 from cluster.storage import digest_file, digest_text
@@ -17,8 +17,6 @@ from pipeline.models import model_digest, resolve_model
 from pipeline.rows import Kind, Prompt, Sample
 from pipeline.store import SampleStore
 from pipeline.tasks import instruct, user_message
-
-_REQUEST_TRIES = 5
 
 
 @dataclass(frozen=True)
@@ -160,7 +158,13 @@ def _draw(
     ]
     drawn: Any = ray.data.from_arrow(blocks).map_batches(
         AskEngines,
-        fn_constructor_args=(handle, writer.weights.digest, writer.decoding, store),
+        fn_constructor_args=(
+            handle,
+            writer.weights.digest,
+            writer.decoding,
+            store,
+            engines.start_timeout_s,
+        ),
         batch_size=engines.batch_rows,
         batch_format="pyarrow",
         num_cpus=0,
@@ -186,9 +190,17 @@ class AskEngines:
     In: the columns of SampleRequest. Out: the columns of Sample, the text of failed rows alone.
     """
 
-    def __init__(self, handle: Any, digest: str, decoding: Decoding, store: SampleStore) -> None:
+    def __init__(
+        self,
+        handle: Any,
+        digest: str,
+        decoding: Decoding,
+        store: SampleStore,
+        patience_s: float,
+    ) -> None:
         self._handle, self._digest = handle, digest
         self._decoding, self._store = decoding, store
+        self._patience_s = patience_s
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Answer one batch."""
@@ -205,12 +217,13 @@ class AskEngines:
 
     def _ask(self, requests: list[SampleRequest]) -> list[Completion]:
         from ray.exceptions import RayActorError
-        from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+        from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
 
-        # An engine that dies takes the batch with it; Ray Serve brings up another one.
+        # An engine that dies takes the batch with it; Ray Serve brings up another one. And one that
+        # still reloads has the old weights for a moment after Serve calls the pool ready.
         tries = Retrying(
-            retry=retry_if_exception_type(RayActorError),
-            stop=stop_after_attempt(_REQUEST_TRIES),
+            retry=retry_if_exception_type((RayActorError, OtherModelError)),
+            stop=stop_after_delay(self._patience_s),
             wait=wait_exponential(max=30),
             reraise=True,
         )
