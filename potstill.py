@@ -27,8 +27,7 @@ app = typer.Typer(
 models_app = typer.Typer(help="Prepare models that travel as packages.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
 
-# What Typer makes of Ctrl-C, and Ray of a polite request to stop.
-_INTERRUPTIONS = (130, signal.SIGTERM)
+_SIGINT_EXIT = 130  # what Typer makes of Ctrl-C
 
 Config = Annotated[Path, typer.Argument(help="A recipe, such as configs/quickstart.yaml.")]
 Overrides = Annotated[
@@ -225,6 +224,7 @@ def _existing(run: str) -> tuple[RunFolder, RunConfig]:
 
 def main() -> None:
     """Run the command line: exit 2 for bad input, 75 for an interruption that can go on."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         app()
     except BadInputError as error:
@@ -234,7 +234,7 @@ def main() -> None:
         console().print(f"stopped: {error}", markup=False, style="red")
         sys.exit(1)
     except SystemExit as stop:
-        if stop.code not in _INTERRUPTIONS:
+        if stop.code != _SIGINT_EXIT:
             raise
         say("interrupted: the same command goes on from here")
         sys.exit(EXIT_INTERRUPTED)

@@ -154,6 +154,9 @@ def _bars() -> Progress:
         TimeRemainingColumn(),
         console=console(),
         speed_estimate_period=600,
+        # While bars are shown, rich would else print on the screen what third parties print.
+        redirect_stdout=False,
+        redirect_stderr=False,
     )
 
 
@@ -221,4 +224,5 @@ def _watch(board: Any, stop: threading.Event) -> None:
             say(line)
         if last:
             break
-    bars.stop()
+    if live:
+        bars.stop()

@@ -86,9 +86,7 @@ class SamplingEngine:
         if self._engine is None:
             self._engine = start_engine(folder, weights, self._engines, self._on_gpu)
         elif weights.digest != self._digest:
-            await self._engine.collective_rpc(
-                "reload_weights", kwargs={"weights_path": str(folder)}
-            )
+            await self._engine.collective_rpc("take_weights", args=(str(folder),))
             await self._engine.reset_prefix_cache()
         self._digest = weights.digest
 
@@ -163,6 +161,7 @@ def start_engine(folder: Path, weights: Weights, engines: Engines, on_gpu: bool)
         gpu_memory_utilization=engines.gpu_memory_share,
         enforce_eager=engines.enforce_eager,
         enable_prefix_caching=True,
+        worker_extension_cls="pipeline.reloading.TakesWeights",
         disable_log_stats=True,
     )
     if not on_gpu:

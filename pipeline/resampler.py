@@ -47,7 +47,7 @@ class MixedPolicyResampler:
             self._run.record(stage="pairs", epoch=epoch, **counts)
             say(
                 f"epoch {epoch}: "
-                + ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items())
+                + ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items() if n)
             )
         if self._config.engines.between_epochs == "release":
             release_engines()

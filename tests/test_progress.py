@@ -1,6 +1,8 @@
 """What a user sees: plain lines without a terminal, and nothing of what third parties print."""
 
 import io
+import os
+import pty
 import subprocess
 import sys
 
@@ -70,3 +72,23 @@ def test_third_parties_reach_the_log_and_not_the_screen(tmp_path):
     )
     assert (done.stdout, done.stderr) == ("ours\n", "")
     assert log.read_text() == "python noise\nnative noise\nnative error\n"
+
+
+def test_third_parties_do_not_reach_a_terminal_with_bars_either(tmp_path):
+    log = tmp_path / "engines.log"
+    program = (
+        "import sys; from pathlib import Path; from cluster.progress import hush, progress;"
+        f"hush(Path({str(log)!r}))\n"
+        "with progress('sampling', 2) as bar:\n"
+        "    bar.advance(2)\n"
+        "    print('python noise', flush=True)\n"
+        "    print('python error', file=sys.stderr)\n"
+    )
+    ours, theirs = pty.openpty()
+    subprocess.run([sys.executable, "-c", program], stdout=theirs, stderr=theirs, check=True)
+    os.close(theirs)
+    screen = os.read(ours, 1 << 16).decode()
+    assert "sampling" in screen
+    assert "100%" in screen
+    assert "noise" not in screen
+    assert log.read_text() == "python noise\npython error\n"

@@ -1,5 +1,6 @@
 """The training stage: one Ray Train run over all epochs that are left."""
 
+import os
 import tempfile
 import uuid
 from typing import Any
@@ -9,6 +10,9 @@ from cluster.config import RunConfig
 from cluster.errors import BadInputError, RunError
 from cluster.progress import say
 from cluster.run_folder import RunFolder
+
+# Ray Train gives up on its workers after a minute; a node that an autoscaler adds takes longer.
+_WORKER_START_TIMEOUT_S = "900"
 
 
 def train(run: RunFolder, config: RunConfig, resampler: Any, board: Any = None) -> None:
@@ -45,6 +49,7 @@ def _fit(run: RunFolder, config: RunConfig, resampler: Any, board: Any, done: in
     from cluster.session import uses_gpu
     from training.worker import Assignment, train_worker
 
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _WORKER_START_TIMEOUT_S)
     training, on_gpu = config.training, uses_gpu(config)
     say(f"training: starting {training.workers} worker(s)")
     scaling = ray.train.ScalingConfig(

@@ -141,6 +141,13 @@ def test_a_warm_engine_takes_new_weights(config, tiny_llama, tmp_path, prompts, 
     back = by_key(sample(old, prompts, config, fresh, on_gpu=False))
     assert len(engines) == 1
     assert running_engines() == engines, "the engine was started anew"
+    # A fresh engine with the new weights writes the same texts as the warm one did.
+    release_engines()
+    again = SampleStore(location(str(tmp_path / "again")))
+    anew = by_key(sample(new, prompts, config, again, on_gpu=False))
+    assert {key: row.text for key, row in anew.items()} == {
+        key: row.text for key, row in by_key(after).items()
+    }
     assert {key: row.text for key, row in back.items()} == {
         key: row.text for key, row in by_key(before).items()
     }

@@ -199,18 +199,24 @@ def test_training_goes_on_from_the_last_checkpoint_as_if_never_stopped(
     assert len(_metrics(run)) == 6
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+SHARDED = {"workers": 2, "micro_batch": 2, "zero_stage": 3}
+WHOLE = {"workers": 1, "micro_batch": 4, "zero_stage": 0}
+
+
+@pytest.mark.parametrize(
+    ("precision", "first", "then"), [("fp32", SHARDED, WHOLE), ("bf16", WHOLE, SHARDED)]
+)
 def test_a_run_may_go_on_with_other_workers_and_another_zero_stage(
-    precision, reference, tiny_llama, tmp_path
+    precision, first, then, reference, tiny_llama, tmp_path
 ):
     run = RunFolder(UPath(tmp_path))
     _publish_pairs(run, 1)
-    before = _config(tmp_path, tiny_llama, workers=2, micro_batch=2, zero_stage=3)
-    before = _with(before, precision=precision)
+    config = _config(tmp_path, tiny_llama, precision=precision, **first)
     with pytest.raises(RunError, match="epoch 2 has 5 pairs"):
-        train(run, before, WritesPairs.remote(run, {2: 5}))
+        train(run, config, WritesPairs.remote(run, {2: 5}))
     storage.discard_folder(run.pairs(2))
-    train(run, _with(_config(tmp_path, tiny_llama), precision=precision), WritesPairs.remote(run))
+    config = _config(tmp_path, tiny_llama, precision=precision, **then)
+    train(run, config, WritesPairs.remote(run))
     # bf16 rounds weights and activations to 8 bits; what must agree is the course of the run.
     accuracy = {"fp32": 1e-5, "bf16": 0.05}[precision]
     for ours, theirs in zip(_metrics(run), _metrics(reference), strict=True):
@@ -218,10 +224,6 @@ def test_a_run_may_go_on_with_other_workers_and_another_zero_stage(
     if precision == "fp32":
         _assert_same_weights(_weights(run, 2), _weights(reference, 2), atol=1e-5)
     assert {w.dtype for w in _weights(run, 2).values()} == {DTYPES[precision]}
-
-
-def _with(config: RunConfig, **training) -> RunConfig:
-    return config.model_copy(update={"training": config.training.model_copy(update=training)})
 
 
 def test_sft_learns_without_negatives(tiny_gemma, tmp_path):
