@@ -1,13 +1,14 @@
-"""What the quickstart teaches, over seeds, beside the arm that learns from the NLL alone.
+"""What the quickstart teaches, over seeds, beside two arms with one choice changed.
 
     python benchmarks/quickstart_seeds.py --seeds 0 1 2 --out benchmarks/quickstart_seeds.md
 
-Both arms of a seed share their teacher's samples through the store. Runs that are there are
-reused, so that it goes on where it was stopped.
+The arms of a seed share their samples through the store, and the evaluations of base and teacher.
+Runs that are there are reused, so that it goes on where it was stopped.
 """
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -18,16 +19,32 @@ from cluster.run_folder import describe_environment
 from evals.statistics import mean_and_standard_error
 
 ROOT = Path(__file__).parents[1]
-ARMS = {"mixed-policy ORPO": "orpo", "NLL alone (SFT)": "sft"}
+SHIPPED = "quickstart"
+# The shipped recipe first, then what each other arm changes in it.
+ARMS = {
+    SHIPPED: (),
+    "sft": ("training.method=sft",),
+    "boxed": ("pairs.negatives=wrong",),
+}
+LABELS = {
+    SHIPPED: "mixed-policy ORPO (as shipped)",
+    "sft": "NLL alone (SFT)",
+    "boxed": "ORPO, boxed negatives alone",
+}
 
 
-def run_arm(seed: int, method: str, work: Path) -> Path:
-    folder = work / f"{method}_{seed}"
+def run_arm(seed: int, arm: str, work: Path) -> Path:
+    folder = work / f"{arm}_{seed}"
+    for name in ("base_test", "teacher_test"):  # the same in every arm of a seed
+        for file in (work / f"{SHIPPED}_{seed}" / "evals").glob(f"{name}.*"):
+            (folder / "evals").mkdir(parents=True, exist_ok=True)
+            if not (folder / "evals" / file.name).exists():
+                shutil.copy(file, folder / "evals")
     options = [
         f"run.seed={seed}",
         f"run.folder={folder}",
         f"run.store={work / 'store'}",
-        f"training.method={method}",
+        *ARMS[arm],
     ]
     started = time.monotonic()
     command = [sys.executable, "potstill.py", "run", "configs/quickstart.yaml", *options]
@@ -60,12 +77,12 @@ def report(by_arm: dict[str, list[Path]]) -> str:
         "| model | accuracy | unparsed | accuracy if parsed | accuracy of each seed |",
         "|---|---|---|---|---|",
     ]
-    first = [results(folder) for folder in next(iter(by_arm.values()))]
+    first = [results(folder) for folder in by_arm[SHIPPED]]
     lines += [row(name, [one[name] for one in first]) for name in ("base", "teacher")]
     for arm, folders in by_arm.items():
         found = [results(folder) for folder in folders]
         students = sorted(name for name in found[0] if name.startswith("student"))
-        lines += [row(f"{arm}, {name}", [one[name] for one in found]) for name in students]
+        lines += [row(f"{LABELS[arm]}, {name}", [one[name] for one in found]) for name in students]
     return "\n".join(lines)
 
 
@@ -76,13 +93,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "quickstart_seeds.md")
     options = parser.parse_args()
     work = options.work.absolute()
-    by_arm: dict[str, list[Path]] = {arm: [] for arm in ARMS}
-    for seed in options.seeds:
-        for arm, method in ARMS.items():
-            by_arm[arm].append(run_arm(seed, method, work))
+    by_arm = {arm: [run_arm(seed, arm, work) for seed in options.seeds] for arm in ARMS}
     environment = describe_environment()
     versions = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
-    n = next(iter(results(by_arm["mixed-policy ORPO"][0]).values()))["n"]
+    n = next(iter(results(by_arm[SHIPPED][0]).values()))["n"]
     options.out.write_text(
         f"# The quickstart over {len(options.seeds)} seeds\n\n"
         f"{date.today()}, commit {environment['commit']}, {versions}.\n\n"
