@@ -75,9 +75,10 @@ def _impossible_combinations(config: RunConfig) -> list[str]:
             'offload to "none"',
         ),
         (
-            config.task.largest_operand is not None and config.task.name != "word_problems",
-            f"task.largest_operand is for word_problems, got task.name={config.task.name!r}: "
-            "remove it",
+            config.task.largest_operand is not None
+            and (config.task.name != "word_problems" or config.task.data is not None),
+            "task.largest_operand is for the problems that word_problems makes itself, got "
+            f"task.name={config.task.name!r} and task.data={config.task.data!r}: remove it",
         ),
     ]
     return [message for broken, message in rules if broken]

@@ -12,5 +12,5 @@ class RunError(RuntimeError):
     """A run that cannot go on for a reason outside the configuration. Exit code 1."""
 
 
-class OtherModelError(RunError):
-    """An engine holds another model than the one asked for: it has not reloaded yet."""
+class EngineNotReadyError(RunError):
+    """An engine cannot answer now: it has not reloaded yet, or has died and is being replaced."""

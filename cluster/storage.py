@@ -26,7 +26,8 @@ _STAGING = ".staging-"
 
 def location(text: str) -> UPath:
     """A path or URL as one kind of object; relative paths become absolute."""
-    path = UPath(text)
+    # A cached listing would hide what another process has written since.
+    path = UPath(text, use_listings_cache=False) if "://" in text else UPath(text).expanduser()
     return path if path.protocol else path.absolute()
 
 
@@ -128,7 +129,17 @@ def fetch_folder(source: UPath, cache: Path) -> Path:
             raise RunError(
                 f"{source / name} is damaged: its digest is not the one it was saved with"
             )
-    partial.rename(target)
+    return settle(partial, target)
+
+
+def settle(partial: Path, target: Path) -> Path:
+    """Rename a finished folder to `target`; where another process was first, theirs stays."""
+    try:
+        partial.rename(target)
+    except OSError:
+        if not target.exists():
+            raise
+        shutil.rmtree(partial)
     return target
 
 

@@ -105,18 +105,10 @@ def read_template(chat_template: str | None) -> str | None:
     return path.read_text(encoding="utf-8")
 
 
-def check_chat(
-    chat: Chat,
-    prompt_ids: Sequence[int],
-    room: int,
-    max_length: int,
-    option: str = "max_model_len",
-) -> None:
-    """Refuse what would spoil training in silence.
+def check_chat(chat: Chat, prompt_ids: Sequence[int]) -> None:
+    """Refuse what would spoil training in silence, seen on a rendered prompt.
 
-    `prompt_ids` is a rendered prompt, `room` the tokens that its answer needs, `option` the name
-    of the context that must hold both. Raises BadInputError for a doubled BOS, a missing
-    end-of-turn token, a prompt too long to answer.
+    Raises BadInputError for a doubled BOS and for a missing or doubled end-of-turn token.
     """
     name = chat.tokenizer.name_or_path
     bos = chat.tokenizer.bos_token_id
@@ -125,8 +117,3 @@ def check_chat(
     closed = chat.response_ids(_PROBE_ANSWER, finished=True)
     if closed[-2:] == [chat.end_of_turn_id] * 2:
         raise BadInputError(f"the tokenizer of {name} adds an EOS of its own: switch it off")
-    if len(prompt_ids) + room > max_length:
-        raise BadInputError(
-            f"a prompt of {len(prompt_ids)} tokens for {name} and {room} new tokens do not fit in "
-            f"{option}={max_length}: raise it or lower the new tokens"
-        )

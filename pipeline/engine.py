@@ -4,6 +4,7 @@ Ray Serve keeps the pool between its two sizes, replaces an engine that died, an
 to every engine of the pool (`user_config`), those included that start later.
 """
 
+import asyncio
 import os
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -12,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import RunConfig
-from cluster.errors import OtherModelError, RunError
+from cluster.errors import EngineNotReadyError, RunError
 from cluster.progress import say
 from cluster.sections import Dtype, Engines
 from cluster.session import start_serve
 from cluster.storage import digest_text
-from pipeline.models import model_digest, resolve_model
+from pipeline.models import resolve_exact
 
 APP_NAME = "potstill-sampler"
 _DEPLOYMENT = "SamplingEngine"
@@ -77,12 +78,8 @@ class SamplingEngine:
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Load a model: at the start by building the engine, later by reloading its weights."""
         weights = Weights(**user_config)
-        folder = resolve_model(weights.reference)
-        if model_digest(folder) != weights.digest:
-            raise RunError(
-                f"{weights.reference} on this node has digest {model_digest(folder)}, expected "
-                f"{weights.digest}: bring the same model to every node"
-            )
+        # Off the event loop, which answers health checks while a model is brought near.
+        folder = await asyncio.to_thread(resolve_exact, weights.reference, weights.digest)
         if self._engine is None:
             self._engine = start_engine(folder, weights, self._engines, self._on_gpu)
         elif weights.digest != self._digest:
@@ -105,18 +102,17 @@ class SamplingEngine:
     ) -> list[Completion]:
         """Answer requests, in order. A request that vLLM refuses is answered with its error.
 
-        Raises OtherModelError where another model is loaded than the one with this digest.
+        Raises EngineNotReadyError where another model is loaded than the one with this digest, and
+        where the engine has died.
         """
-        import asyncio
-
         if digest != self._digest:
-            raise OtherModelError(f"the engine holds model {self._digest}, asked for {digest}")
+            raise EngineNotReadyError(f"the engine holds model {self._digest}, asked for {digest}")
         return await asyncio.gather(*(self._complete(request, decoding) for request in requests))
 
     async def _complete(self, request: SampleRequest, decoding: Decoding) -> Completion:
         from vllm import TokensPrompt
         from vllm.exceptions import VLLMClientError
-        from vllm.v1.engine.exceptions import EngineGenerateError
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         prompt = TokensPrompt(prompt_token_ids=request.prompt_ids)
         parameters = _sampling_params(decoding, request.seed)
@@ -125,6 +121,8 @@ class SamplingEngine:
             final = [output async for output in outputs][-1]
         except (ValueError, VLLMClientError, EngineGenerateError) as error:
             return Completion("", None, 0, f"{type(error).__name__}: {error}")
+        except EngineDeadError as error:
+            raise EngineNotReadyError(f"the engine died: {error}") from None
         best = final.outputs[0]
         return Completion(best.text, best.finish_reason, len(best.token_ids))
 

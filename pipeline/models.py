@@ -9,11 +9,11 @@ from typing import Any
 from upath import UPath
 
 from cluster import storage
-from cluster.errors import BadInputError
+from cluster.errors import BadInputError, RunError
 from cluster.progress import say
 from pipeline.packaged import PACKAGED_MODELS, prepare_model
 
-__all__ = ["model_digest", "prepare_model", "resolve_model"]
+__all__ = ["model_digest", "prepare_model", "resolve_exact", "resolve_model"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.tiktoken")
@@ -52,6 +52,20 @@ def resolve_model(reference: str, cache: Path | None = None) -> Path:
             f"as org/name, or one of {', '.join(PACKAGED_MODELS)}"
         )
     _check_folder(folder, reference)
+    return folder
+
+
+def resolve_exact(reference: str, digest: str | None) -> Path:
+    """resolve_model, proven to be the model with this digest; None asks for no proof.
+
+    Raises RunError where this node has another one.
+    """
+    folder = resolve_model(reference)
+    if digest is not None and model_digest(folder) != digest:
+        raise RunError(
+            f"{reference} on this node has digest {model_digest(folder)}, expected {digest}: bring "
+            "the same model to every node"
+        )
     return folder
 
 
@@ -126,8 +140,7 @@ def _copy(source: UPath, cache: Path) -> Path:
     for file in files:
         with file.open("rb") as reader, (partial / file.name).open("wb") as writer:
             shutil.copyfileobj(reader, writer, 1 << 22)
-    partial.rename(target)
-    return target
+    return storage.settle(partial, target)
 
 
 def model_digest(folder: Path) -> str:

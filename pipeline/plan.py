@@ -1,5 +1,6 @@
 """The plan of a run: what will run, on what, how much of it, and all that it would refuse."""
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,11 +21,13 @@ from pipeline.chat import Chat, check_chat, load_chat
 from pipeline.models import resolve_model
 from pipeline.pairs import draws_from_latest
 from pipeline.rows import Prompt
-from pipeline.tasks import instruct, load_prompts, user_message
+from pipeline.tasks import load_prompts, user_message, worked_examples
 from pipeline.tasks.task import SPLITS, Split
 
 _GIB = 1 << 30
 _PROBED_PROMPTS = 256
+# How Granite, Cohere and Falcon-H1 name a factor between their head and the softmax.
+_SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier")
 _ASSUMED_RIGHT = 0.5  # share of the teacher's traces, before any is sampled
 
 Found = TypeVar("Found")
@@ -49,7 +52,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Probe:
-    """A model of the run, with the ids of the longest prompt that it will sample from."""
+    """A model of the run, with the ids of the longest prompt that it will answer."""
 
     folder: Path
     shape: memory.ModelShape
@@ -64,12 +67,14 @@ class _Probe:
 def plan_run(config: RunConfig) -> Plan:
     """Look at configuration, data, run folder and model folders; start no model."""
     plan = Plan()
+    plan.rows.append(("on", _whereabouts(config)))
     plan.check(lambda: check_recipe(config))
     if starts_own_cluster(config):
         plan.check(lambda: refuse_taken_port(config.serving.host, config.serving.port))
     splits = plan.check(lambda: _load_splits(plan, config))
     if splits is None:
         return plan
+    plan.check(lambda: _check_head(config.student))
     teacher = plan.check(lambda: _probe("teacher", config.teacher, config, splits))
     student = plan.check(lambda: _probe("student", config.student, config, splits))
     if teacher and student:
@@ -77,6 +82,16 @@ def plan_run(config: RunConfig) -> Plan:
         _plan_models(plan, config, teacher, student)
         _plan_work(plan, config, len(splits["train"]), teacher, student)
     return plan
+
+
+def _whereabouts(config: RunConfig) -> str:
+    accelerator = {"auto": "GPUs where there are any", "cpu": "CPUs", "gpu": "GPUs"}
+    if starts_own_cluster(config):
+        place = f"a Ray cluster of its own on this machine, {os.cpu_count()} cores"
+    else:
+        place = f"the Ray cluster at {config.cluster.address or 'this job'}"
+    folders = f"run in {config.run.folder}, samples in {config.run.store}"
+    return f"{place}, with {accelerator[config.cluster.accelerator]}; {folders}"
 
 
 def _load_splits(plan: Plan, config: RunConfig) -> dict[Split, list[Prompt]]:
@@ -92,38 +107,57 @@ def _probe(
     folder = resolve_model(section.model)
     shape = memory.read_shape(folder)
     chat = load_chat(folder, section.chat_template, section.trust_remote_code)
-    trained, asked = splits["train"], splits["validation"] + splits["test"]
-    shots = tuple(
-        (instruct(shot.question, trained[0].kind), shot.answer)
-        for shot in getattr(section, "few_shot", ())
-    )
-    longest = _longest_prompt(chat, trained, shots)
-    contexts = (
-        ("engines", config.engines.max_model_len, longest, config.sampling.max_new_tokens),
-        (
-            "serving",
-            config.serving.max_model_len,
-            _longest_prompt(chat, asked, shots),
-            config.evaluation_tokens,
-        ),
-    )
-    for part, context, ids, new_tokens in contexts:
+    shots = worked_examples(section, splits["train"][0].kind)
+    trained = _longest_prompts(chat, splits["train"], shots)
+    asked = _longest_prompts(chat, splits["validation"] + splits["test"], shots)
+    check_chat(chat, trained[0])
+    engines, serving = config.engines.max_model_len, config.serving.max_model_len
+    new_tokens, share = config.sampling.max_new_tokens, config.sampling.max_error_share
+    for part, context in (("engines", engines), ("serving", serving)):
         if shape.context and context > shape.context:
             raise BadInputError(
                 f"{part}.max_model_len={context} is more than the {name}'s own context of "
                 f"{shape.context}: lower it"
             )
-        check_chat(chat, ids, new_tokens, context, f"{part}.max_model_len")
-    return _Probe(folder, shape, chat, longest)
+    prompts = len(splits["train"])
+    _check_room("engines", engines, trained, new_tokens, share * prompts)
+    prompts = len(splits["validation"]) + len(splits["test"])
+    _check_room("serving", serving, asked, config.evaluation_tokens, share * prompts)
+    # A longer prompt than the engines take gets no traces, and so never comes to training.
+    taken = (ids for ids in trained if len(ids) + new_tokens <= engines)
+    return _Probe(folder, shape, chat, next(taken, trained[0]))
 
 
-def _longest_prompt(
+def _check_head(section: Model) -> None:
+    """Refuse to train what `pipeline.logprobs` would score at another temperature."""
+    folder = resolve_model(section.model)
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    scales = {name: settings[name] for name in _SCALES if settings.get(name, 1) not in (1, None)}
+    if scales:
+        raise BadInputError(
+            f"student.model={section.model} scales its logits ({scales}), which training does not "
+            "do: take a student of another architecture"
+        )
+
+
+def _longest_prompts(
     chat: Chat, prompts: list[Prompt], shots: tuple[tuple[str, str], ...]
-) -> list[int]:
-    """Ids of the longest prompt, as far as a look at some of them tells."""
-    longest = max(prompts, key=lambda prompt: len(prompt.question))
-    probed = [longest, *prompts[:_PROBED_PROMPTS]]
-    return max((chat.prompt_ids(user_message(prompt), shots) for prompt in probed), key=len)
+) -> list[list[int]]:
+    """Ids of the prompts with the longest texts, longest first."""
+    messages = sorted(map(user_message, prompts), key=len)[-_PROBED_PROMPTS:]
+    return sorted((chat.prompt_ids(message, shots) for message in messages), key=len, reverse=True)
+
+
+def _check_room(
+    part: str, context: int, prompts: list[list[int]], new_tokens: int, allowed: float
+) -> None:
+    too_long = sum(len(ids) + new_tokens > context for ids in prompts)
+    if too_long > allowed:
+        raise BadInputError(
+            f"a prompt of {len(prompts[0])} tokens and {new_tokens} new tokens do not fit in "
+            f"{part}.max_model_len={context}: raise it or lower the new tokens (this holds for "
+            f"{too_long} prompt(s), and sampling.max_error_share tolerates {int(allowed)})"
+        )
 
 
 def _check_training_length(config: RunConfig, student: _Probe) -> None:

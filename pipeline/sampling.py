@@ -1,13 +1,13 @@
 """Sampling as an anti-join: ask the store what is there, and sample only the rest."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 
 from cluster.config import RunConfig
-from cluster.errors import OtherModelError, RunError
+from cluster.errors import EngineNotReadyError, RunError
 from cluster.progress import progress, say
 from cluster.sections import Model
 from cluster.storage import digest_file, digest_text
@@ -16,7 +16,7 @@ from pipeline.engine import Completion, Decoding, SampleRequest, Weights, ensure
 from pipeline.models import model_digest, resolve_model
 from pipeline.rows import Kind, Prompt, Sample
 from pipeline.store import SampleStore
-from pipeline.tasks import instruct, user_message
+from pipeline.tasks import user_message, worked_examples
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,6 @@ def make_writer(name: str, reference: str, section: Model, config: RunConfig, ki
     """
     folder = resolve_model(reference)
     chat = load_chat(folder, section.chat_template, section.trust_remote_code)
-    examples = getattr(section, "few_shot", ())
     sampling = config.sampling
     return Writer(
         name=name,
@@ -56,7 +55,7 @@ def make_writer(name: str, reference: str, section: Model, config: RunConfig, ki
             end_of_turn_id=chat.end_of_turn_id,
             stop=section.stop,
         ),
-        few_shot=tuple((instruct(shot.question, kind), shot.answer) for shot in examples),
+        few_shot=worked_examples(section, kind),
     )
 
 
@@ -93,20 +92,31 @@ def sample(
     Raises RunError past sampling.max_error_share.
     """
     requests = plan_requests(writer, prompts, config.sampling.samples, config.run.seed)
+    by_key = {request.key: request for request in requests}
     stored = store.keys(writer.weights.digest)
-    missing = [request for request in requests if request.key not in stored]
+    missing = [request for key, request in by_key.items() if key not in stored]
     room = config.engines.max_model_len - writer.decoding.max_new_tokens
     too_long = [
         _refusal(request, writer, room) for request in missing if len(request.prompt_ids) > room
     ]
     missing = [request for request in missing if len(request.prompt_ids) <= room]
-    if len(missing) < len(requests):
-        say(f"{writer.name}: {len(requests) - len(missing)} of {len(requests)} samples reused")
+    if reused := len(stored & by_key.keys()):
+        say(f"{writer.name}: {reused} of {len(by_key)} samples reused")
     failed = list(_draw(writer, missing, config, store, on_gpu)) if missing else []
     errors = too_long + failed
-    _check_error_share(writer, errors, len(requests), config.sampling.max_error_share)
-    found = store.read(writer.weights.digest, {request.key for request in requests})
-    return [*found.values(), *errors]
+    _check_error_share(writer, errors, len(by_key), config.sampling.max_error_share)
+    found = store.read(writer.weights.digest, set(by_key))
+    found |= {row.key: row for row in errors}
+    if lost := by_key.keys() - found.keys():
+        raise RunError(
+            f"{len(lost)} of {len(by_key)} samples of {writer.name} are not in {store.root} after "
+            "sampling: is run.store one place for all nodes? Run again to draw them"
+        )
+    # The key holds what was asked; the id that a prompt goes by may differ between runs.
+    return [
+        replace(found[request.key], prompt_id=request.prompt_id, sample_index=request.sample_index)
+        for request in requests
+    ]
 
 
 def _refusal(request: SampleRequest, writer: Writer, room: int) -> Sample:
@@ -169,8 +179,7 @@ def _draw(
         batch_format="pyarrow",
         num_cpus=0,
         compute=ray.data.ActorPoolStrategy(
-            min_size=engines.min_engines,
-            max_size=engines.max_engines,
+            size=engines.max_engines,  # without CPUs of their own; what queues at Serve scales it
             max_concurrent_calls_per_actor=engines.batches_in_flight,
             max_tasks_in_flight_per_actor=engines.batches_in_flight,
             enable_true_multi_threading=True,
@@ -222,7 +231,7 @@ class AskEngines:
         # An engine that dies takes the batch with it; Ray Serve brings up another one. And one that
         # still reloads has the old weights for a moment after Serve calls the pool ready.
         tries = Retrying(
-            retry=retry_if_exception_type((RayActorError, OtherModelError)),
+            retry=retry_if_exception_type((RayActorError, EngineNotReadyError)),
             stop=stop_after_delay(self._patience_s),
             wait=wait_exponential(max=30),
             reraise=True,

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from upath import UPath
 
 from cluster.progress import say
-from cluster.storage import digest_file
+from cluster.storage import digest_file, write_text
 from pipeline.rows import SAMPLE_SCHEMA, Sample, from_table, to_table
 
 _MARKER = ".ok"
@@ -38,7 +38,7 @@ class SampleStore:
         buffer = io.BytesIO()
         pq.write_table(table, buffer, compression="zstd")
         path.write_bytes(buffer.getvalue())
-        _marker(path).write_text(digest_file(path))
+        write_text(_marker(path), digest_file(path))
 
     def keys(self, model: str) -> set[str]:
         """Keys of all samples that `model` has written."""

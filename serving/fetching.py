@@ -5,8 +5,7 @@ from typing import Any
 
 from ray.llm._internal.common.callbacks.base import CallbackBase
 
-from cluster.errors import RunError
-from pipeline.models import model_digest, resolve_model
+from pipeline.models import resolve_exact
 
 
 class FetchModel(CallbackBase):
@@ -18,17 +17,7 @@ class FetchModel(CallbackBase):
 
     async def on_before_node_init(self) -> None:
         """Resolve, and skip the download. Raises RunError where the node has another model."""
-        folder = await asyncio.to_thread(_resolve, **self.kwargs)
+        folder = str(await asyncio.to_thread(resolve_exact, **self.kwargs))
         engine: Any = self.llm_config.get_engine_config()
         engine.hf_model_id, engine.mirror_config = folder, None
         self.ctx.run_init_node = False
-
-
-def _resolve(reference: str, digest: str | None) -> str:
-    folder = resolve_model(reference)
-    if digest is not None and model_digest(folder) != digest:
-        raise RunError(
-            f"{reference} on this node has digest {model_digest(folder)}, expected {digest}: bring "
-            "the same model to every node"
-        )
-    return str(folder)

@@ -103,11 +103,13 @@ def served_models(run: RunFolder, config: RunConfig) -> list[ServedModel]:
 
     With serving.resident="best", only base and best student are resident.
     """
+    from pipeline.tasks import TASKS, worked_examples
+
     everything = config.serving.resident == "all"
     base = model_of_section(BASE, config.student)
     teacher = replace(
         model_of_section(TEACHER, config.teacher),
-        few_shot=few_shot_turns(config),
+        few_shot=worked_examples(config.teacher, TASKS[config.task.name].kind),
         resident=everything,
     )
     models = [base, teacher]
@@ -133,16 +135,6 @@ def served_models(run: RunFolder, config: RunConfig) -> list[ServedModel]:
 def in_turn(models: list[ServedModel]) -> list[ServedModel]:
     """The models, none of them resident: where they are asked one after the other, they load so."""
     return [replace(model, resident=False) for model in models]
-
-
-def few_shot_turns(config: RunConfig) -> tuple[tuple[str, str], ...]:
-    """The teacher's worked examples as (user message, answer), worded as the task words it."""
-    from pipeline.tasks import TASKS, instruct
-
-    kind = TASKS[config.task.name].kind
-    return tuple(
-        (instruct(example.question, kind), example.answer) for example in config.teacher.few_shot
-    )
 
 
 def model_of_section(model_id: str, section: Model) -> ServedModel:

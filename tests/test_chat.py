@@ -57,20 +57,13 @@ def test_the_end_of_turn_is_the_templates_own(chat):
 def test_a_template_without_an_end_of_turn_is_refused(tokenizer):
     chat = Chat(tokenizer, "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}")
     with pytest.raises(BadInputError, match="expected an end-of-turn token"):
-        check_chat(chat, chat.prompt_ids("hi"), room=1, max_length=100)
+        check_chat(chat, chat.prompt_ids("hi"))
 
 
 def test_a_doubled_bos_is_refused(tokenizer):
     chat = Chat(tokenizer, "{{ bos_token }}" + TEMPLATE)
     with pytest.raises(BadInputError, match="writes BOS twice"):
-        check_chat(chat, chat.prompt_ids("hi"), room=1, max_length=100)
-
-
-def test_a_prompt_without_room_to_answer_is_refused(chat):
-    ids = chat.prompt_ids("hi")
-    check_chat(chat, ids, room=4, max_length=len(ids) + 4)
-    with pytest.raises(BadInputError, match="do not fit in max_model_len="):
-        check_chat(chat, ids, room=4, max_length=len(ids) + 3)
+        check_chat(chat, chat.prompt_ids("hi"))
 
 
 def test_a_template_may_be_text_or_a_file(tmp_path):

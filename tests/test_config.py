@@ -66,7 +66,7 @@ def test_overrides_are_read_as_yaml(config_file):
         ("evaluation.max_new_tokens=4096", "leaves no room for a prompt in serving"),
         ("training.offload=parameters", "needs zero_stage 3"),
         ("training.offload=optimizer", "needs zero_stage 1 to 3"),
-        ("task.largest_operand=5", "is for word_problems"),
+        ("task.largest_operand=5", "is for the problems that word_problems makes"),
     ],
 )
 def test_bad_values_are_refused_by_name(config_file, override, message):

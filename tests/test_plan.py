@@ -1,6 +1,8 @@
 """The plan: what is counted, and what a reader sees of the prompts."""
 
 import io
+import json
+import shutil
 
 import pytest
 from rich.console import Console
@@ -78,3 +80,26 @@ def test_the_prompts_are_shown_as_each_model_reads_them(plan_of):
 def test_a_context_too_short_is_refused_with_its_number(plan_of):
     plan = plan_of(engines={"max_model_len": 64})
     assert any("engines.max_model_len" in refusal for refusal in plan.refusals)
+
+
+def test_a_few_prompts_too_long_are_left_to_their_rows_and_many_are_refused(plan_of, tmp_path):
+    questions = [f"What is {number} + 1?" for number in range(40)]
+    questions[3] = "Add: " + " ".join(["1"] * 800)
+    data = tmp_path / "train.jsonl"
+    rows = [{"question": text, "answer": "#### 1"} for text in questions]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    counts = {"train_prompts": None, "validation_prompts": 1, "test_prompts": 1}
+    task = {"name": "gsm8k", "data": str(data), **counts}
+    refused = plan_of(task=task).refusals
+    assert any("do not fit in engines.max_model_len=512" in refusal for refusal in refused)
+    assert not plan_of(task=task, sampling={"max_error_share": 0.05}).refusals
+
+
+def test_a_student_that_scales_its_logits_is_refused(plan_of, tiny_llama, tmp_path):
+    scaled = tmp_path / "scaled"
+    shutil.copytree(tiny_llama, scaled)
+    settings = json.loads((scaled / "config.json").read_text())
+    (scaled / "config.json").write_text(json.dumps(settings | {"logits_scaling": 8.0}))
+    assert not plan_of(teacher={"model": str(scaled)}).refusals
+    (refusal,) = plan_of(student={"model": str(scaled)}).refusals
+    assert "'logits_scaling': 8.0" in refusal

@@ -1,9 +1,14 @@
 """Files and folders count whole or not at all, on a local disk and on a URL."""
 
+import subprocess
+import sys
 import uuid
+from pathlib import Path
 
+import boto3
 import pyarrow as pa
 import pytest
+from moto.server import ThreadedMotoServer
 
 from cluster.errors import RunError
 from cluster.storage import (
@@ -15,6 +20,7 @@ from cluster.storage import (
     location,
     publish_folder,
     read_table,
+    settle,
     write_json,
     write_table,
 )
@@ -25,6 +31,21 @@ def target(request, tmp_path):
     if request.param == "local":
         return location(str(tmp_path / "target"))
     return location(f"memory://{uuid.uuid4().hex}/target")
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """The URL of an empty bucket on an S3 server of this machine."""
+    server = ThreadedMotoServer(port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    boto3.client("s3").create_bucket(Bucket="bucket")
+    yield "s3://bucket"
+    server.stop()
 
 
 @pytest.fixture
@@ -89,3 +110,30 @@ def test_nothing_partial_is_left_beside_a_file(tmp_path):
 
 def test_digests_tell_lists_of_parts_apart():
     assert digest_text("ab", "c") != digest_text("a", "bc") != digest_text("abc")
+
+
+def test_a_folder_that_another_process_finished_first_stays(tmp_path):
+    target = tmp_path / "target"
+    for text in ("first", "second"):
+        partial = tmp_path / text
+        partial.mkdir()
+        (partial / "file").write_text(text)
+        assert settle(partial, target) == target
+        assert not partial.exists()
+    assert (target / "file").read_text() == "first"
+
+
+def test_a_bucket_is_listed_anew_each_time(bucket):
+    seen = location(bucket) / "samples"
+    write_json(seen / "a.json", 1)
+    assert [path.name for path in seen.iterdir()] == ["a.json"]
+    another_process = (
+        "import sys; from cluster.storage import location, write_json;"
+        "write_json(location(sys.argv[1]) / 'b.json', 2)"
+    )
+    subprocess.run([sys.executable, "-c", another_process, f"{bucket}/samples"], check=True)
+    assert sorted(path.name for path in seen.iterdir()) == ["a.json", "b.json"]
+
+
+def test_home_is_expanded():
+    assert str(location("~/store")) == str(Path.home() / "store")

@@ -2,6 +2,6 @@
 
 from pipeline.tasks.catalogue import TASKS
 from pipeline.tasks.loading import load_prompts
-from pipeline.tasks.message import instruct, user_message
+from pipeline.tasks.message import instruct, user_message, worked_examples
 
-__all__ = ["TASKS", "instruct", "load_prompts", "user_message"]
+__all__ = ["TASKS", "instruct", "load_prompts", "user_message", "worked_examples"]

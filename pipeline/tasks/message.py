@@ -5,12 +5,19 @@ A zero-shot request to reason first and to end with the answer in `\boxed{}` (ar
 
 from collections.abc import Mapping
 
+from cluster.sections import Model, Teacher
 from pipeline.rows import Kind, Prompt
 
 
 def user_message(prompt: Prompt) -> str:
     """What the user says to any model that is to solve `prompt`."""
     return instruct(prompt.question, prompt.kind, prompt.choices)
+
+
+def worked_examples(section: Model, kind: Kind) -> tuple[tuple[str, str], ...]:
+    """The examples that a model is shown, as (user message, answer): the teacher's, if any."""
+    shots = section.few_shot if isinstance(section, Teacher) else ()
+    return tuple((instruct(shot.question, kind), shot.answer) for shot in shots)
 
 
 def instruct(question: str, kind: Kind, choices: Mapping[str, str] | None = None) -> str:
