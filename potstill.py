@@ -123,7 +123,7 @@ def _evaluate(folder: RunFolder, config: RunConfig) -> None:
 def _finish(folder: RunFolder, config: RunConfig) -> None:
     from evals.report import write_report
     from evals.table import results_table
-    from pipeline.tasks import load_prompts
+    from pipeline.tasks import load_prompts, user_message
 
     write_report(folder, config)
     console().print(results_table(folder, config))
@@ -131,8 +131,9 @@ def _finish(folder: RunFolder, config: RunConfig) -> None:
     say(f"serve:  potstill serve {folder.root}")
     example = load_prompts(config.task, "test", config.run.seed)[0]
     url = f"http://{config.serving.host}:{config.serving.port}/v1"
-    question = shlex.quote(example.question)
-    say(f"ask:    potstill ask {question} --kind {example.kind} --url {url}")
+    words = user_message(example) if example.choices else example.question
+    kind = "" if example.choices else f"--kind {example.kind} "
+    say(f"ask:    potstill ask {shlex.quote(words)} {kind}--url {url}")
 
 
 @app.command()

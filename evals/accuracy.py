@@ -65,8 +65,8 @@ def ask_all(
     """The model's greedy answers, in the order of `prompts`; `on_answer` hears of each at once.
 
     The client library retries what may pass; a request that fails in the end is an answer with its
-    error. The API key is OPENAI_API_KEY of the environment. Raises BadInputError where nothing
-    answers, the key is refused, or the model is not there.
+    error. The API key is OPENAI_API_KEY of the environment. Raises BadInputError where the key is
+    refused, or the model is not there.
     """
     return asyncio.run(_ask_all(asking, prompts, on_answer))
 

@@ -5,7 +5,7 @@ ORPO-Distill (arXiv:2509.25100), section on mixed-policy updates.
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from random import Random
 
 from pipeline.rows import Pair, Trace
@@ -93,27 +93,18 @@ def _pair(message: str, positive: Trace, negative: Trace | None, fallback: bool)
 
 @dataclass(frozen=True)
 class PairCounts:
-    """What happened in the drawing of one epoch's pairs."""
+    """One epoch's pairs by where their negatives came from; the four add up to `pairs`."""
 
-    prompts: int
-    prompts_without_positive: int
     pairs: int
-    from_base: int
-    from_latest: int
-    fallbacks: int
-    without_negative: int
+    from_latest: int  # of the student after the epoch before
+    from_base: int  # of the base student, drawn
+    fallbacks: int  # of the base student, because the latest had none
+    without_negative: int  # only the NLL applies
 
 
-def count_pairs(pairs: Sequence[Pair], prompts: int) -> dict[str, int]:
-    """PairCounts of an epoch, for the record. Fallbacks are counted in from_base too."""
-    with_positive = len({pair.prompt_id for pair in pairs})
-    counts = PairCounts(
-        prompts=prompts,
-        prompts_without_positive=prompts - with_positive,
-        pairs=len(pairs),
-        from_base=sum(pair.rejected_epoch == 0 for pair in pairs),
-        from_latest=sum(bool(pair.rejected_epoch) for pair in pairs),
-        fallbacks=sum(pair.rejected_fallback for pair in pairs),
-        without_negative=sum(pair.rejected is None for pair in pairs),
-    )
-    return asdict(counts)
+def count_pairs(pairs: Sequence[Pair]) -> PairCounts:
+    """Count pairs of one epoch. In the first epoch the base student is the latest: from_base."""
+    latest = sum(bool(pair.rejected_epoch) for pair in pairs)
+    fallbacks = sum(pair.rejected_fallback for pair in pairs)
+    none = sum(pair.rejected is None for pair in pairs)
+    return PairCounts(len(pairs), latest, len(pairs) - latest - fallbacks - none, fallbacks, none)

@@ -3,6 +3,7 @@
 It keeps nothing but the run folder and the store, so a new one goes on where a killed one stopped.
 """
 
+from dataclasses import asdict
 from typing import Any
 
 from cluster import storage
@@ -42,7 +43,11 @@ class MixedPolicyResampler:
         folder = self._run.pairs(epoch)
         if not is_published(folder):
             pairs = self._draw_pairs(epoch)
-            counts = count_pairs(pairs, len(self._prompts))
+            counts = {
+                "prompts": len(self._prompts),
+                "prompts_with_pairs": len({pair.prompt_id for pair in pairs}),
+                **asdict(count_pairs(pairs)),
+            }
             self._publish(epoch, pairs, counts)
             self._run.record(stage="pairs", epoch=epoch, **counts)
             say(

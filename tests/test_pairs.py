@@ -1,10 +1,11 @@
 """The invariants of the mixed policy, on the pairs that are drawn."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
-from pipeline.pairs import Pools, count_pairs, draw_pairs, pool
+from pipeline.pairs import PairCounts, Pools, count_pairs, draw_pairs, pool
 from pipeline.rows import Pair, Trace
 
 PROMPTS = {f"p{number}": f"question {number}" for number in range(200)}
@@ -115,14 +116,14 @@ def test_provenance_and_cuts_are_carried_over():
     assert pair.rejected_finished == (not pair.rejected.endswith(" 1"))
 
 
-def test_prompts_without_a_right_trace_are_left_out_and_counted():
+def test_prompts_without_a_right_trace_are_left_out():
     some = {f"p{number}": PROMPTS[f"p{number}"] for number in range(50)}
     pairs = draw(2, 0.5, pools(positives=traces(0, "right", some), latest={}))
-    counts = count_pairs(pairs, len(PROMPTS))
-    assert counts["prompts_without_positive"] == 150
-    assert counts["pairs"] == counts["from_base"] == 50 * K
-    assert counts["fallbacks"] > 0
-    assert counts["from_latest"] == counts["without_negative"] == 0
+    assert {pair.prompt_id for pair in pairs} == set(some)
+    counts = count_pairs(pairs)
+    assert counts.pairs == counts.from_base + counts.fallbacks == 50 * K
+    assert counts.fallbacks > 0
+    assert counts.from_latest == counts.without_negative == 0
 
 
 def test_single_cot_takes_one_positive_a_prompt():
@@ -132,3 +133,11 @@ def test_single_cot_takes_one_positive_a_prompt():
 
 def test_only_kept_traces_are_in_a_pool():
     assert pool([trace("p", 0, 0, "wrong", kept=False)]) == {}
+
+
+def test_a_fallback_is_counted_apart_from_a_drawn_base_negative():
+    pair = draw(4, 0.0)[0]
+    latest, fallback = replace(pair, rejected_epoch=3), replace(pair, rejected_fallback=True)
+    none = replace(pair, rejected=None, rejected_epoch=None)
+    assert count_pairs([latest, latest, latest, pair, fallback, none]) == PairCounts(6, 3, 1, 1, 1)
+    assert count_pairs([pair]).from_base == 1  # in the first epoch the base student is the latest
