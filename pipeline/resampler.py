@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster import storage
 from cluster.config import RunConfig
-from cluster.errors import RunError
+from cluster.errors import BadInputError, RunError
 from cluster.progress import attach, say
 from cluster.run_folder import RunFolder
 from cluster.sections import Model
@@ -18,7 +18,7 @@ from pipeline.engine import release_engines
 from pipeline.grading import NEGATIVES, POSITIVE, describe_traces, grade_samples
 from pipeline.pairs import Pools, count_pairs, draw_pairs, draws_from_latest, pool
 from pipeline.rows import Pair, Prompt, Trace, from_table, to_table
-from pipeline.sampling import Writer, make_writer, sample
+from pipeline.sampling import Writer, make_writer, plan_requests, sample
 from pipeline.store import SampleStore
 from pipeline.tasks import load_prompts, user_message
 
@@ -91,18 +91,27 @@ class MixedPolicyResampler:
         )
 
     def traces(self, name: str) -> list[Trace]:
-        """The graded traces of "teacher" or "student_NNN", sampled now if the run has none."""
-        path = self._run.completions(name)
-        if not path.exists():
-            self._sample(name)
-        return from_table(Trace, storage.read_table(path))
+        """The graded traces of "teacher" or "student_NNN", sampled now if the run has none.
 
-    def _sample(self, name: str) -> None:
+        Raises BadInputError where those that it has answer other prompts, or are of another model.
+        """
         epoch = 0 if name == "teacher" else int(name.rpartition("_")[2])
+        path, writer = self._run.completions(name), self._writer(name, epoch)
+        if not path.exists():
+            self._sample(name, epoch, writer)
+        traces = from_table(Trace, storage.read_table(path))
+        config = self._config
+        asked = plan_requests(writer, self._prompts, config.sampling.samples, config.run.seed)
+        if {trace.key for trace in traces} != {request.key for request in asked}:
+            raise BadInputError(
+                f"{path} was sampled from other data, or by another model, than are now at the "
+                "places that the recipe names: put those back, or set run.folder to a new folder"
+            )
+        return traces
+
+    def _sample(self, name: str, epoch: int, writer: Writer) -> None:
         usable = POSITIVE if name == "teacher" else NEGATIVES[self._config.pairs.negatives]
-        samples = sample(
-            self._writer(name, epoch), self._prompts, self._config, self._store, self._on_gpu
-        )
+        samples = sample(writer, self._prompts, self._config, self._store, self._on_gpu)
         traces = grade_samples(
             samples, self._prompts, epoch, usable, self._config.sampling.max_rouge_l
         )

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
 PROJECT = Path(__file__).parents[2]
 # An epoch and a sampling take seconds even here, since workers outlive their driver by one or two.
 PROMPTS = {"train": 40, "validation": 6, "test": 8}
-SAMPLES = 16
+SAMPLES = 8
 TRACES = PROMPTS["train"] * SAMPLES
 EVALUATIONS = {"base_test", "teacher_test"} | {
     f"student-epoch-{epoch}_{split}" for epoch in (1, 2) for split in ("validation", "test")
@@ -100,6 +100,8 @@ def go(
             env={**os.environ, "POTSTILL_CACHE": str(recipe.home / "cache")},
             stdout=stream,
             stderr=subprocess.STDOUT,
+            # The background job of a shell ignores Ctrl-C, and all that it starts would too.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     looks = 0
     try:
@@ -175,7 +177,7 @@ def write_recipe(home: Path, model: Path) -> Recipe:
             "threads_per_worker": 1,
         },
         # Many small batches, so that there is time to kill the run between two of them.
-        "engines": context | {"enforce_eager": True, "batch_rows": 16, "batches_in_flight": 1},
+        "engines": context | {"enforce_eager": True, "batch_rows": 8, "batches_in_flight": 1},
         "serving": context | {"port": free_port()},
     }
     recipe.file.write_text(yaml.safe_dump(config))

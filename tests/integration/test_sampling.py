@@ -7,8 +7,9 @@ import psutil
 import pytest
 import yaml
 
+from cluster import storage
 from cluster.config import parse_config
-from cluster.errors import RunError
+from cluster.errors import BadInputError, RunError
 from cluster.run_folder import open_run
 from cluster.session import ray_session
 from cluster.storage import location, read_table
@@ -184,3 +185,11 @@ def test_the_resampler_goes_on_from_files_alone(config, monkeypatch):
     assert MixedPolicyResampler(run, config).prepare_epoch(1) == counts
     assert (run.root / "metrics.jsonl").read_text().splitlines() == recorded
     assert yaml.safe_load(run.config_file.read_text())["sampling"]["samples"] == 3
+
+    # Other prompts at the same place are not mixed with the traces of the old ones.
+    storage.discard_folder(run.pairs(1))
+    monkeypatch.setattr(
+        "pipeline.resampler.load_prompts", lambda *_: load_prompts(config.task, "train", 1)
+    )
+    with pytest.raises(BadInputError, match="teacher.parquet was sampled from other data"):
+        MixedPolicyResampler(run, config).prepare_epoch(1)
