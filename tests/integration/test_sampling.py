@@ -191,5 +191,5 @@ def test_the_resampler_goes_on_from_files_alone(config, monkeypatch):
     monkeypatch.setattr(
         "pipeline.resampler.load_prompts", lambda *_: load_prompts(config.task, "train", 1)
     )
-    with pytest.raises(BadInputError, match="teacher.parquet was sampled from other data"):
+    with pytest.raises(BadInputError, match=r"teacher\.parquet was sampled from other data"):
         MixedPolicyResampler(run, config).prepare_epoch(1)
