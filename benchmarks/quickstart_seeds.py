@@ -35,6 +35,8 @@ LABELS = {
 
 def run_arm(seed: int, arm: str, work: Path) -> Path:
     folder = work / f"{arm}_{seed}"
+    if (folder / "report.html").exists():
+        return folder
     for name in ("base_test", "teacher_test"):  # the same in every arm of a seed
         for file in (work / f"{SHIPPED}_{seed}" / "evals").glob(f"{name}.*"):
             (folder / "evals").mkdir(parents=True, exist_ok=True)
@@ -49,7 +51,7 @@ def run_arm(seed: int, arm: str, work: Path) -> Path:
     started = time.monotonic()
     command = [sys.executable, "potstill.py", "run", "configs/quickstart.yaml", *options]
     subprocess.run(command, cwd=ROOT, check=True)
-    (folder / "wall_seconds.txt").open("a").write(f"{time.monotonic() - started:.0f}\n")
+    print(f"{arm}, seed {seed}: {time.monotonic() - started:.0f} s", flush=True)
     return folder
 
 
@@ -89,18 +91,19 @@ def report(by_arm: dict[str, list[Path]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "quickstart_seeds")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "quickstart_seeds.md")
     options = parser.parse_args()
     work = options.work.absolute()
-    by_arm = {arm: [run_arm(seed, arm, work) for seed in options.seeds] for arm in ARMS}
+    by_arm = {arm: [run_arm(seed, arm, work) for seed in options.seeds] for arm in options.arms}
     environment = describe_environment()
     versions = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
     n = next(iter(results(by_arm[SHIPPED][0]).values()))["n"]
     options.out.write_text(
         f"# The quickstart over {len(options.seeds)} seeds\n\n"
         f"{date.today()}, commit {environment['commit']}, {versions}.\n\n"
-        f"    python benchmarks/quickstart_seeds.py --seeds {' '.join(map(str, options.seeds))}\n\n"
+        f"    python {' '.join(sys.argv)}\n\n"
         f"Percent, greedy, n = {n} test problems a seed; mean ± standard error over seeds.\n\n"
         f"{report(by_arm)}\n"
     )
