@@ -41,7 +41,8 @@ class Cluster(Section):
     address: Execution[str | None] = None
     """The Ray cluster: null starts one on this machine, "auto" joins the one around a job."""
     accelerator: Execution[Literal["auto", "cpu", "gpu"]] = "auto"
-    """What models run on; auto takes GPUs where the cluster has any."""
+    """What models run on; auto takes GPUs where a node with one is up, so say gpu where nodes start
+    on demand."""
     logical_cpus: Execution[PositiveInt | None] = None
     """Logical CPUs of the cluster that `address: null` starts; null means at least eight."""
 

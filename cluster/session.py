@@ -14,7 +14,6 @@ from cluster.progress import say
 
 # Read by processes that start later; a value that the user has set is left alone.
 _ENVIRONMENT = {
-    "DS_ACCELERATOR": "cpu",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -39,8 +38,7 @@ def ray_session(config: RunConfig) -> Iterator[None]:
     import ray
 
     for name, value in _ENVIRONMENT.items():
-        if name != "DS_ACCELERATOR" or not _has_gpu():
-            os.environ.setdefault(name, value)
+        os.environ.setdefault(name, value)
     started_here = not ray.is_initialized()
     if started_here:
         _start(config)
@@ -132,7 +130,7 @@ def logical_cpus(config: RunConfig) -> int:
 
 
 def uses_gpu(config: RunConfig) -> bool:
-    """Whether models run on GPUs; `auto` asks the running cluster."""
+    """Whether models run on GPUs; `auto` asks the nodes that are up now."""
     import ray
 
     if config.cluster.accelerator == "auto":
@@ -143,11 +141,10 @@ def uses_gpu(config: RunConfig) -> bool:
 def _check_accelerator(config: RunConfig) -> None:
     import ray
 
-    if config.cluster.accelerator == "gpu" and not ray.cluster_resources().get("GPU", 0):
+    # A cluster that we join may start its GPU nodes only once they are asked for.
+    wanted = config.cluster.accelerator == "gpu" and starts_own_cluster(config)
+    if wanted and not ray.cluster_resources().get("GPU", 0):
         raise BadInputError(
-            "cluster.accelerator=gpu, but the cluster has no GPU: add GPU nodes, or set it to cpu"
+            "cluster.accelerator=gpu, but this machine has no GPU: set cluster.address to a "
+            "cluster with GPUs, or cluster.accelerator to cpu"
         )
-
-
-def _has_gpu() -> bool:
-    return os.path.exists("/dev/nvidia0")

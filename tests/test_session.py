@@ -1,0 +1,38 @@
+"""What a run asks of its cluster, before any Ray starts."""
+
+import pytest
+
+from cluster import session
+from cluster.config import parse_config
+from cluster.errors import BadInputError
+
+
+@pytest.fixture(autouse=True)
+def no_gpu_is_up(monkeypatch):
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0})
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+def config(**sections):
+    raw = {
+        "run": {"folder": "run"},
+        "task": {"name": "gsm8k"},
+        "teacher": {"model": "a"},
+        "student": {"model": "b"},
+    }
+    return parse_config(raw | sections, "test")
+
+
+def test_a_joined_cluster_may_start_its_gpus_later():
+    wanted = config(cluster={"accelerator": "gpu", "address": "auto"})
+    session._check_accelerator(wanted)
+    assert session.uses_gpu(wanted)
+
+
+def test_a_machine_without_a_gpu_is_refused_gpus():
+    with pytest.raises(BadInputError, match="this machine has no GPU: set cluster.address"):
+        session._check_accelerator(config(cluster={"accelerator": "gpu"}))
+
+
+def test_auto_takes_what_is_up():
+    assert not session.uses_gpu(config())
