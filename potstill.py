@@ -50,10 +50,12 @@ def plan(config: Config, overrides: Overrides = None) -> None:
 @app.command()
 def run(config: Config, overrides: Overrides = None) -> None:
     """Sample, pair, train, resample, serve and evaluate; goes on where an earlier try stopped."""
+    from evals.stage import evaluate
+
     folder, settings = _start(config, overrides)
     with _data_plane(folder, settings) as (resampler, board):
         _train(folder, settings, resampler, board)
-        _evaluate(folder, settings)
+        evaluate(folder, settings)
     _finish(folder, settings)
 
 
@@ -112,12 +114,6 @@ def _train(folder: RunFolder, config: RunConfig, resampler: Any, board: Any) -> 
     result_of(resampler.prepare_epoch.remote(1))
     train_student(folder, config, resampler, board)
     result_of(resampler.release.remote())
-
-
-def _evaluate(folder: RunFolder, config: RunConfig) -> None:
-    from evals.stage import evaluate
-
-    evaluate(folder, config)
 
 
 def _finish(folder: RunFolder, config: RunConfig) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from cluster.config import RunConfig
 from cluster.errors import BadInputError
 from cluster.session import refuse_taken_port, start_serve, uses_gpu
-from serving.models import Engine, ServedModel, engines_of, routes_of
+from serving.models import ServedEngine, ServedModel, engines_of, routes_of
 from serving.readiness import APP_NAME, wait_until_answering, wait_until_running
 
 _GIB = 1 << 30
@@ -77,7 +77,7 @@ def _start_http(config: RunConfig) -> None:
 
 
 def _application(
-    models: list[ServedModel], engines: list[Engine], config: RunConfig, idle_s: float
+    models: list[ServedModel], engines: list[ServedEngine], config: RunConfig, idle_s: float
 ) -> Any:
     from ray import serve
     from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
@@ -106,7 +106,7 @@ def _application(
     )
 
 
-def _engine_options(engine: Engine, config: RunConfig, idle_s: float) -> dict[str, Any]:
+def _engine_options(engine: ServedEngine, config: RunConfig, idle_s: float) -> dict[str, Any]:
     on_gpu = uses_gpu(config)
     hardware = _on_gpu(config) if on_gpu else _on_cpu(config)
     model = engine.model

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from cluster.errors import RunError
-from serving.models import Engine
+from serving.models import ServedEngine
 
 APP_NAME = "potstill"
 _POLL_S = 1.0
@@ -13,12 +13,12 @@ _MESSAGE_LIMIT = 2000
 _FAILURES = 3
 
 
-def deployment_name(engine: Engine) -> str:
+def deployment_name(engine: ServedEngine) -> str:
     """What ray.serve.llm calls the deployment of an engine."""
     return f"LLMServer:{engine.engine_id}"
 
 
-def wait_until_running(engines: list[Engine], timeout_s: float) -> None:
+def wait_until_running(engines: list[ServedEngine], timeout_s: float) -> None:
     """Return once the application runs, its resident engines included.
 
     Raises RunError with a diagnosis where it fails, or is not ready in `timeout_s`.
@@ -36,7 +36,7 @@ def wait_until_running(engines: list[Engine], timeout_s: float) -> None:
         time.sleep(_POLL_S)
 
 
-def wait_until_answering(url: str, model_id: str, engine: Engine, timeout_s: float) -> None:
+def wait_until_answering(url: str, model_id: str, engine: ServedEngine, timeout_s: float) -> None:
     """Return once `model_id` answers; its request starts an engine that is on demand.
 
     Raises RunError with a diagnosis where the engine fails, or takes over `timeout_s`.
@@ -81,7 +81,7 @@ def _ask_until(url: str, model_id: str, answered: threading.Event, failures: lis
             answered.set()
 
 
-def _refuse_failure(engines: list[Engine]) -> None:
+def _refuse_failure(engines: list[ServedEngine]) -> None:
     from ray import serve
 
     app = serve.status().applications.get(APP_NAME)
@@ -97,7 +97,7 @@ def _refuse_failure(engines: list[Engine]) -> None:
         raise RunError(_diagnosis(engines, "failed to start"))
 
 
-def _diagnosis(engines: list[Engine], what: str) -> str:
+def _diagnosis(engines: list[ServedEngine], what: str) -> str:
     import ray
     from ray import serve
 

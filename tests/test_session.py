@@ -30,7 +30,7 @@ def test_a_joined_cluster_may_start_its_gpus_later():
 
 
 def test_a_machine_without_a_gpu_is_refused_gpus():
-    with pytest.raises(BadInputError, match="this machine has no GPU: set cluster.address"):
+    with pytest.raises(BadInputError, match=r"this machine has no GPU: set cluster\.address"):
         session._check_accelerator(config(cluster={"accelerator": "gpu"}))
 
 

@@ -48,7 +48,7 @@ def _add_lora(model: Any, lora: Lora) -> None:
         parameter.requires_grad = "lora_" in name
 
 
-class Engine:
+class TrainingEngine:
     """DeepSpeed's engine with the few things that a training step needs of it."""
 
     def __init__(self, model: Any, training: Training, workers: int) -> None:

@@ -24,7 +24,7 @@ from pipeline.models import resolve_model
 from pipeline.rows import Pair, from_table
 from training.batches import TokenPair, count_batch, global_batches, micro_batches, tokenize_pair
 from training.checkpoints import gather_weights, write_checkpoint
-from training.engine import Engine, load_student, use_threads
+from training.engine import TrainingEngine, load_student, use_threads
 from training.finite import FiniteCheck
 from training.optimizer_state import load_state, save_state
 from training.schedule import count_steps, learning_rate
@@ -71,7 +71,7 @@ class Worker:
         torch.manual_seed(self.config.run.seed)
         model = load_student(self.base, self.config)
         self.share_prompts = shares_prompts(model.config)
-        self.engine = Engine(model, self.training, workers)
+        self.engine = TrainingEngine(model, self.training, workers)
         self.finite = FiniteCheck(model.parameters())
         self._resume()
 
