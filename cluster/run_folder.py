@@ -47,6 +47,15 @@ class RunFolder:
         """The published folder with optimizer and schedule after an epoch."""
         return self.root / "trainer_state" / f"epoch_{epoch:03d}"
 
+    def epochs_done(self, epochs: int) -> int:
+        """The last epoch that training can go on from: all, or one whose trainer state is there."""
+        if is_published(self.checkpoint(epochs)):
+            return epochs
+        for epoch in range(epochs - 1, 0, -1):
+            if is_published(self.checkpoint(epoch)) and is_published(self.trainer_state(epoch)):
+                return epoch
+        return 0
+
     def evaluation(self, name: str) -> UPath:
         """The result of one model on one split."""
         return self.root / "evals" / f"{name}.json"
