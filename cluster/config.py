@@ -38,6 +38,13 @@ class RunConfig(Section):
         """Token limit of an evaluated answer."""
         return self.evaluation.max_new_tokens or self.sampling.max_new_tokens
 
+    @property
+    def cpus_held(self) -> float:
+        """Logical CPUs that all engines and training workers hold at once."""
+        engines, training = self.engines, self.training
+        sampling = engines.max_engines * engines.tensor_parallel * engines.cpus_per_engine
+        return sampling + training.workers * training.cpus_per_worker
+
 
 def _impossible_combinations(config: RunConfig) -> list[str]:
     training, engines, sampling = config.training, config.engines, config.sampling

@@ -44,7 +44,8 @@ class Cluster(Section):
     """What models run on; auto takes GPUs where a node with one is up, so say gpu where nodes start
     on demand."""
     logical_cpus: Execution[PositiveInt | None] = None
-    """Logical CPUs of the cluster that `address: null` starts; null means at least eight."""
+    """Logical CPUs of the cluster that `address: null` starts; null makes room for
+    engines, workers and served models, and means at least eight."""
 
 
 class Task(Section):

@@ -6,6 +6,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import ceil
 from typing import Any
 
 from cluster.config import RunConfig
@@ -26,6 +27,8 @@ _ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
 _LEAST_LOGICAL_CPUS = 8
+# Served models take a share of a CPU: they are many, idle in turn, and share the cores anyhow.
+CPUS_PER_SERVED_MODEL = 0.2
 
 
 @contextmanager
@@ -125,8 +128,22 @@ def start_serve(config: RunConfig) -> None:
 
 
 def logical_cpus(config: RunConfig) -> int:
-    """CPUs that a cluster of our own offers."""
-    return config.cluster.logical_cpus or max(_LEAST_LOGICAL_CPUS, os.cpu_count() or 1)
+    """CPUs that a cluster of our own offers: room for all that holds some, and at least eight."""
+    served = CPUS_PER_SERVED_MODEL * (config.training.epochs + 2)  # base and teacher
+    least = max(_LEAST_LOGICAL_CPUS, ceil(config.cpus_held + served))
+    return config.cluster.logical_cpus or max(least, os.cpu_count() or 1)
+
+
+def refuse_too_few_cpus(config: RunConfig) -> None:
+    """Raise BadInputError where a cluster of our own is told to offer fewer CPUs than are held."""
+    offered = logical_cpus(config)
+    if config.cpus_held > offered:
+        raise BadInputError(
+            f"engines and training workers hold {config.cpus_held:g} logical CPUs, of which "
+            f"cluster.logical_cpus={offered} offers too few: raise it, or lower "
+            "engines.max_engines, engines.cpus_per_engine, training.workers or "
+            "training.cpus_per_worker"
+        )
 
 
 def uses_gpu(config: RunConfig) -> bool:

@@ -244,9 +244,9 @@ def _deployment(engines: Engines, on_gpu: bool, weights: Weights) -> Any:
 
 
 def _resources(engines: Engines, on_gpu: bool) -> dict[str, float]:
-    if on_gpu:
-        return {"num_cpus": 1, "num_gpus": engines.tensor_parallel}
-    return {"num_cpus": engines.cpus_per_engine * engines.tensor_parallel}
+    processes = engines.tensor_parallel
+    cpus = {"num_cpus": engines.cpus_per_engine * processes}
+    return cpus | ({"num_gpus": processes} if on_gpu else {})
 
 
 def running_apps() -> list[str]:

@@ -15,7 +15,7 @@ from cluster.config import RunConfig
 from cluster.errors import BadInputError
 from cluster.run_folder import check_recipe
 from cluster.sections import Model
-from cluster.session import refuse_taken_port, starts_own_cluster
+from cluster.session import refuse_taken_port, refuse_too_few_cpus, starts_own_cluster
 from pipeline.chat import Chat, check_chat, load_chat
 from pipeline.models import resolve_model
 from pipeline.pairs import draws_from_latest
@@ -67,6 +67,7 @@ def plan_run(config: RunConfig) -> Plan:
     plan.check(lambda: check_recipe(config))
     if starts_own_cluster(config):
         plan.check(lambda: refuse_taken_port(config.serving.host, config.serving.port))
+        plan.check(lambda: refuse_too_few_cpus(config))
     splits = plan.check(lambda: _load_splits(plan, config))
     if splits is None:
         return plan

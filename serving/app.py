@@ -5,13 +5,11 @@ from typing import Any
 
 from cluster.config import RunConfig
 from cluster.errors import BadInputError
-from cluster.session import refuse_taken_port, start_serve, uses_gpu
+from cluster.session import CPUS_PER_SERVED_MODEL, refuse_taken_port, start_serve, uses_gpu
 from serving.models import ServedEngine, ServedModel, engines_of, routes_of
 from serving.readiness import APP_NAME, wait_until_answering, wait_until_running
 
 _GIB = 1 << 30
-# Engines take a share of a logical CPU: they are many, idle in turn, and share the cores anyhow.
-_CPU_SHARE = 0.2
 _GPU_MEMORY_SHARE = 0.9
 _MAX_ONGOING_REQUESTS = 100_000
 _WINDOW_S = 10.0  # over which Ray Serve counts requests before it stops an idle engine
@@ -158,7 +156,7 @@ def _on_cpu(config: RunConfig) -> dict[str, Any]:
             "kv_cache_memory_bytes": int(config.serving.kv_cache_gib * _GIB),
         },
         "runtime_env": {"env_vars": binding},
-        "placement_group_config": {"bundles": [{"CPU": _CPU_SHARE}]},
+        "placement_group_config": {"bundles": [{"CPU": CPUS_PER_SERVED_MODEL}]},
     }
 
 
@@ -174,5 +172,7 @@ def _on_gpu(config: RunConfig) -> dict[str, Any]:
             "gpu_memory_utilization": _GPU_MEMORY_SHARE * min(gpus, 1),
             "tensor_parallel_size": max(1, int(gpus)),
         },
-        "placement_group_config": {"bundle_per_worker": {"GPU": min(gpus, 1), "CPU": _CPU_SHARE}},
+        "placement_group_config": {
+            "bundle_per_worker": {"GPU": min(gpus, 1), "CPU": CPUS_PER_SERVED_MODEL}
+        },
     }

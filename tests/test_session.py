@@ -36,3 +36,17 @@ def test_a_machine_without_a_gpu_is_refused_gpus():
 
 def test_auto_takes_what_is_up():
     assert not session.uses_gpu(config())
+
+
+@pytest.mark.parametrize(
+    ("sections", "cpus"),
+    [
+        ({}, 8),
+        ({"engines": {"max_engines": 4, "tensor_parallel": 2}, "training": {"workers": 2}}, 12),
+        ({"training": {"epochs": 60}}, 15),  # 62 served models, an engine and a worker
+        ({"cluster": {"logical_cpus": 3}}, 3),
+    ],
+)
+def test_a_cluster_of_our_own_has_room_for_all(sections, cpus, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert session.logical_cpus(config(**sections)) == cpus
