@@ -15,7 +15,7 @@ from cluster.config import RunConfig, load_config
 from cluster.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, BadInputError, RunError
 from cluster.progress import console, hush, say, watched_board
 from cluster.run_folder import RunFolder, check_recipe, open_run
-from cluster.session import ray_session, result_of
+from cluster.session import ray_session, result_of, starts_own_cluster
 from cluster.storage import cache_folder, location
 
 app = typer.Typer(
@@ -102,10 +102,15 @@ def _preflight(config: RunConfig) -> None:
 @contextmanager
 def _data_plane(folder: RunFolder, config: RunConfig) -> Iterator[tuple[Any, Any]]:
     """Ray, the resampler and the board on which remote work shows its progress."""
-    from pipeline.resampler import start_resampler
+    from pipeline.resampler import start_resampler, stop_resampler
 
     with ray_session(config), watched_board() as board:
-        yield start_resampler(folder, config, board), board
+        resampler = start_resampler(folder, config, board)
+        try:
+            yield resampler, board
+        finally:
+            if not starts_own_cluster(config):  # our own ends with all that runs on it
+                stop_resampler(resampler, config)
 
 
 def _train(folder: RunFolder, config: RunConfig, resampler: Any, board: Any) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from math import ceil
 from typing import Any
 
+from cluster import storage
 from cluster.config import RunConfig
 from cluster.errors import BadInputError, RunError
 from cluster.progress import say
@@ -118,13 +119,28 @@ def refuse_taken_port(host: str, port: int) -> None:
 
 
 def start_serve(config: RunConfig) -> None:
-    """Start Ray Serve, once for a cluster, listening where `serving` says."""
-    from ray import serve
+    """Start Ray Serve, once for a cluster, listening where `serving` says.
 
-    serve.start(
-        proxy_location="HeadOnly",
-        http_options={"host": config.serving.host, "port": config.serving.port},
-    )
+    Raises BadInputError where Serve already runs there and listens elsewhere, which it keeps doing.
+    """
+    from ray import serve
+    from ray.serve.context import _get_global_client  # there is no public way to ask for the port
+
+    wanted = {"host": config.serving.host, "port": config.serving.port}
+    serve.start(proxy_location="HeadOnly", http_options=wanted)
+    running: Any = _get_global_client()
+    found = {name: getattr(running.http_config, name) for name in wanted}
+    if found != wanted:
+        raise BadInputError(
+            f"Ray Serve of this cluster listens on {found}, expected {wanted}: set serving.host "
+            "and serving.port to these, or end it by `serve shutdown`"
+        )
+
+
+def app_name(config: RunConfig, part: str) -> str:
+    """Ray Serve's name for a part of this run, which no other run on the cluster has."""
+    folder = str(storage.location(config.run.folder))
+    return f"potstill-{part}-{storage.digest_text(folder)[:12]}"
 
 
 def logical_cpus(config: RunConfig) -> int:

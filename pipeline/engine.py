@@ -15,11 +15,10 @@ from cluster.config import RunConfig
 from cluster.errors import OtherModelError, RunError
 from cluster.progress import say
 from cluster.sections import Dtype, Engines
-from cluster.session import start_serve
+from cluster.session import app_name, start_serve
 from cluster.storage import digest_text
 from pipeline.models import model_digest, resolve_model
 
-APP_NAME = "potstill-sampler"
 _DEPLOYMENT = "SamplingEngine"
 
 
@@ -180,11 +179,11 @@ def ensure_engines(config: RunConfig, weights: Weights, on_gpu: bool) -> Any:
     from ray import serve
 
     start_serve(config)
-    name = f"{APP_NAME}-{weights.architecture[:12]}-{weights.dtype}"
-    for app in running_apps():
+    name = f"{app_name(config, 'sampler')}-{weights.architecture[:12]}-{weights.dtype}"
+    for app in running_apps(config):
         if app != name:
             serve.delete(app)
-    if name not in running_apps():
+    if name not in running_apps(config):
         say(f"starting {config.engines.min_engines} sampling engine(s)")
     app = _deployment(config.engines, on_gpu, weights).bind(config.engines, on_gpu)
     return _run_app(app, name, config, on_gpu)
@@ -249,16 +248,17 @@ def _resources(engines: Engines, on_gpu: bool) -> dict[str, float]:
     return cpus | ({"num_gpus": processes} if on_gpu else {})
 
 
-def running_apps() -> list[str]:
-    """Names of the pools that run now."""
+def running_apps(config: RunConfig) -> list[str]:
+    """Names of the run's pools that are up now."""
     from ray import serve
 
-    return [name for name in serve.status().applications if name.startswith(APP_NAME)]
+    ours = app_name(config, "sampler")
+    return [name for name in serve.status().applications if name.startswith(ours)]
 
 
-def release_engines() -> None:
-    """Give back what the pools hold."""
+def release_engines(config: RunConfig) -> None:
+    """Give back what the run's pools hold."""
     from ray import serve
 
-    for name in running_apps():
+    for name in running_apps(config):
         serve.delete(name)

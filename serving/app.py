@@ -5,10 +5,17 @@ from typing import Any
 
 from cluster.config import RunConfig
 from cluster.errors import BadInputError
-from cluster.session import CPUS_PER_SERVED_MODEL, refuse_taken_port, start_serve, uses_gpu
+from cluster.session import (
+    CPUS_PER_SERVED_MODEL,
+    app_name,
+    refuse_taken_port,
+    start_serve,
+    uses_gpu,
+)
 from serving.models import ServedEngine, ServedModel, engines_of, routes_of
-from serving.readiness import APP_NAME, wait_until_answering, wait_until_running
+from serving.readiness import wait_until_answering, wait_until_running
 
+_PART = "endpoint"
 _GIB = 1 << 30
 _GPU_MEMORY_SHARE = 0.9
 _MAX_ONGOING_REQUESTS = 100_000
@@ -19,6 +26,7 @@ _WINDOW_S = 10.0  # over which Ray Serve counts requests before it stops an idle
 class Endpoint:
     """A running endpoint; `url` ends with /v1, as the openai client wants it."""
 
+    app_name: str
     url: str
     models: tuple[ServedModel, ...]
     start_timeout_s: float
@@ -29,7 +37,7 @@ class Endpoint:
         Raises RunError with a diagnosis where the engine fails, or takes over start_timeout_s.
         """
         engine = engines_of(list(self.models))[model_id]
-        wait_until_answering(self.url, model_id, engine, self.start_timeout_s)
+        wait_until_answering(self.app_name, self.url, model_id, engine, self.start_timeout_s)
 
 
 def start_serving(models: list[ServedModel], config: RunConfig, idle_s: float = 300) -> Endpoint:
@@ -41,29 +49,41 @@ def start_serving(models: list[ServedModel], config: RunConfig, idle_s: float = 
     from ray import serve
 
     _start_http(config)
+    name, prefix = _place(config)
     engines = list({engine.engine_id: engine for engine in engines_of(models).values()}.values())
-    target = serve.RunTarget(_application(models, engines, config, idle_s), APP_NAME, "/")
+    target = serve.RunTarget(_application(models, engines, config, idle_s), name, prefix)
     serve.run_many(
         [target],
         wait_for_ingress_deployment_creation=False,
         wait_for_applications_running=False,
     )
-    wait_until_running(engines, config.serving.start_timeout_s)
-    return Endpoint(_url(config), tuple(models), config.serving.start_timeout_s)
+    wait_until_running(name, engines, config.serving.start_timeout_s)
+    url = f"{_address(config)}{prefix.rstrip('/')}/v1"
+    return Endpoint(name, url, tuple(models), config.serving.start_timeout_s)
 
 
-def stop_serving() -> None:
+def stop_serving(config: RunConfig) -> None:
     """Take the endpoint down and wait until its engines have given back what they held."""
     from ray import serve
 
-    if APP_NAME in serve.status().applications:
-        serve.delete(APP_NAME)
+    name = app_name(config, _PART)
+    if name in serve.status().applications:
+        serve.delete(name)
 
 
-def _url(config: RunConfig) -> str:
+def _place(config: RunConfig) -> tuple[str, str]:
+    """Name and path of the endpoint: "/", or a path of its own where something else is served."""
+    from ray import serve
+
+    name = app_name(config, _PART)
+    served = {app for app in serve.status().applications if not app.startswith("potstill-sampler-")}
+    return name, "/" if served <= {name} else f"/{name}"
+
+
+def _address(config: RunConfig) -> str:
     host = config.serving.host
     reachable = "127.0.0.1" if host in ("0.0.0.0", "::") else host
-    return f"http://{reachable}:{config.serving.port}/v1"
+    return f"http://{reachable}:{config.serving.port}"
 
 
 def _start_http(config: RunConfig) -> None:

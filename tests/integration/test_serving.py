@@ -80,7 +80,7 @@ def endpoint(run, config, session):
     base, teacher, *_ = served_models(run, config)
     student = ServedModel("student", str(run.checkpoint(1)), resident=False)
     yield start_serving([base, teacher, student], config)
-    stop_serving()
+    stop_serving(config)
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,7 @@ def test_ask_streams_to_the_screen(endpoint, capsys):
 
 
 def test_model_that_cannot_start_is_named(endpoint, run, config, tmp_path):
-    stop_serving()
+    stop_serving(config)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(RunError, match=r"broken .*" + tmp_path.name):
         start_serving([ServedModel("broken", str(tmp_path))], config)
