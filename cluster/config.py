@@ -48,6 +48,7 @@ class RunConfig(Section):
 
 def _impossible_combinations(config: RunConfig) -> list[str]:
     training, engines, sampling = config.training, config.engines, config.sampling
+    gpus = config.serving.gpus_per_model
     per_step = training.micro_batch * training.workers
     rules = [
         (
@@ -80,6 +81,11 @@ def _impossible_combinations(config: RunConfig) -> list[str]:
             training.offload == "optimizer" and training.zero_stage == 0,
             'training.offload="optimizer" needs zero_stage 1 to 3, got 0: raise zero_stage, or set '
             'offload to "none"',
+        ),
+        (
+            gpus > 1 and not gpus.is_integer(),
+            f"serving.gpus_per_model={gpus:g}: a model lies on a share of one GPU or on several "
+            "whole ones, so set a share below 1 or a whole number",
         ),
         (
             config.task.largest_operand is not None and config.task.name != "word_problems",

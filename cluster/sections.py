@@ -230,8 +230,8 @@ class Serving(Section):
     """Context of a served model in tokens."""
     kv_cache_gib: Execution[PositiveFloat] = 1
     """KV cache of a served model on a CPU."""
-    gpus_per_model: Execution[NonNegativeFloat] = 1
-    """GPUs of one replica of a model; a share lets several models live on one."""
+    gpus_per_model: Execution[PositiveFloat] = 1
+    """GPUs of one replica of a model: a whole number, or a share where several live on one."""
     start_timeout_s: Execution[PositiveFloat] = 900
     """Give up, with a diagnosis, when the endpoint does not answer after this."""
 

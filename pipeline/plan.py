@@ -91,7 +91,7 @@ def _probe(
     name: str, section: Model, config: RunConfig, splits: dict[Split, list[Prompt]]
 ) -> _Probe:
     folder = resolve_model(section.model)
-    shape = memory.read_shape(folder)
+    shape = memory.read_shape(folder, section.trust_remote_code)
     chat = load_chat(folder, section.chat_template, section.trust_remote_code)
     trained, asked = splits["train"], splits["validation"] + splits["test"]
     shots = tuple(

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.config import RunConfig
-from cluster.errors import BadInputError
 from cluster.session import (
     CPUS_PER_SERVED_MODEL,
     app_name,
@@ -182,11 +181,6 @@ def _on_cpu(config: RunConfig) -> dict[str, Any]:
 
 def _on_gpu(config: RunConfig) -> dict[str, Any]:
     gpus = config.serving.gpus_per_model
-    if (gpus > 1 and not gpus.is_integer()) or gpus == 0:
-        raise BadInputError(
-            f"serving.gpus_per_model={gpus:g}, expected a share below 1 or a whole number: a model "
-            "lies on a part of one GPU, or on several whole ones"
-        )
     return {
         "engine_kwargs": {
             "gpu_memory_utilization": _GPU_MEMORY_SHARE * min(gpus, 1),
