@@ -211,7 +211,8 @@ class Worker:
         if first:
             target = self.run.checkpoint(epoch)
             staging = storage.staging_folder(target)
-            write_checkpoint(staging, self.base, weights, self.chat)
+            trusted = self.config.student.trust_remote_code
+            write_checkpoint(staging, self.base, weights, self.chat, trusted)
             storage.publish_folder(staging, target)
             for earlier in range(1, epoch + last):
                 storage.discard_folder(self.run.trainer_state(earlier))
