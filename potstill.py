@@ -15,7 +15,7 @@ from cluster.config import RunConfig, load_config
 from cluster.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, BadInputError, RunError
 from cluster.progress import console, hush, say, watched_board
 from cluster.run_folder import RunFolder, check_recipe, open_run
-from cluster.session import ray_session, result_of
+from cluster.session import ray_session, result_of, starts_own_cluster
 from cluster.storage import cache_folder, location
 
 app = typer.Typer(
@@ -50,10 +50,12 @@ def plan(config: Config, overrides: Overrides = None) -> None:
 @app.command()
 def run(config: Config, overrides: Overrides = None) -> None:
     """Sample, pair, train, resample, serve and evaluate; goes on where an earlier try stopped."""
+    from evals.stage import evaluate
+
     folder, settings = _start(config, overrides)
     with _data_plane(folder, settings) as (resampler, board):
         _train(folder, settings, resampler, board)
-        _evaluate(folder, settings)
+        evaluate(folder, settings)
     _finish(folder, settings)
 
 
@@ -100,10 +102,15 @@ def _preflight(config: RunConfig) -> None:
 @contextmanager
 def _data_plane(folder: RunFolder, config: RunConfig) -> Iterator[tuple[Any, Any]]:
     """Ray, the resampler and the board on which remote work shows its progress."""
-    from pipeline.resampler import start_resampler
+    from pipeline.resampler import start_resampler, stop_resampler
 
     with ray_session(config), watched_board() as board:
-        yield start_resampler(folder, config, board), board
+        resampler = start_resampler(folder, config, board)
+        try:
+            yield resampler, board
+        finally:
+            if not starts_own_cluster(config):  # our own ends with all that runs on it
+                stop_resampler(resampler, config)
 
 
 def _train(folder: RunFolder, config: RunConfig, resampler: Any, board: Any) -> None:
@@ -112,12 +119,6 @@ def _train(folder: RunFolder, config: RunConfig, resampler: Any, board: Any) -> 
     result_of(resampler.prepare_epoch.remote(1))
     train_student(folder, config, resampler, board)
     result_of(resampler.release.remote())
-
-
-def _evaluate(folder: RunFolder, config: RunConfig) -> None:
-    from evals.stage import evaluate
-
-    evaluate(folder, config)
 
 
 def _finish(folder: RunFolder, config: RunConfig) -> None:

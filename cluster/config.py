@@ -38,9 +38,17 @@ class RunConfig(Section):
         """Token limit of an evaluated answer."""
         return self.evaluation.max_new_tokens or self.sampling.max_new_tokens
 
+    @property
+    def cpus_held(self) -> float:
+        """Logical CPUs that all engines and training workers hold at once."""
+        engines, training = self.engines, self.training
+        sampling = engines.max_engines * engines.tensor_parallel * engines.cpus_per_engine
+        return sampling + training.workers * training.cpus_per_worker
+
 
 def _impossible_combinations(config: RunConfig) -> list[str]:
     training, engines, sampling = config.training, config.engines, config.sampling
+    gpus = config.serving.gpus_per_model
     per_step = training.micro_batch * training.workers
     rules = [
         (
@@ -73,6 +81,11 @@ def _impossible_combinations(config: RunConfig) -> list[str]:
             training.offload == "optimizer" and training.zero_stage == 0,
             'training.offload="optimizer" needs zero_stage 1 to 3, got 0: raise zero_stage, or set '
             'offload to "none"',
+        ),
+        (
+            gpus > 1 and not gpus.is_integer(),
+            f"serving.gpus_per_model={gpus:g}: a model lies on a share of one GPU or on several "
+            "whole ones, so set a share below 1 or a whole number",
         ),
         (
             config.task.largest_operand is not None

@@ -6,6 +6,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from cluster.errors import BadInputError
 from cluster.sections import Engines, Training
 
 # Floating-point operations a second that a small model reaches, for rough times. CPU figures are
@@ -39,20 +40,33 @@ class ModelShape:
         return 2 * self.layers * self.key_value_heads * self.head_size
 
 
-def read_shape(folder: Path) -> ModelShape:
-    """The shape of a Hugging Face folder, from its config and the headers of its weights."""
-    raw = json.loads((folder / "config.json").read_text())
-    config = raw.get("text_config", raw)
-    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+def read_shape(folder: Path, trust_remote_code: bool = False) -> ModelShape:
+    """The shape of a Hugging Face folder, from its config and the headers of its weights.
+
+    Raises BadInputError where the config does not tell, or is of a kind that transformers lacks.
+    """
+    from transformers import AutoConfig
+
+    try:
+        # Families name these fields differently; transformers knows GPT-2's n_layer by our names.
+        whole = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = whole.get_text_config()
+        heads, hidden = config.num_attention_heads, config.hidden_size
+        layers, vocabulary = config.num_hidden_layers, config.vocab_size
+    except (ValueError, AttributeError) as error:
+        raise BadInputError(
+            f"the shape of the model in {folder} cannot be read ({error}): expected a causal "
+            "language model whose config.json transformers can load"
+        ) from None
     return ModelShape(
         parameters=sum(_count_values(file) for file in folder.glob("*.safetensors")),
-        layers=config["num_hidden_layers"],
+        layers=layers,
         hidden=hidden,
         heads=heads,
-        key_value_heads=config.get("num_key_value_heads") or heads,
-        head_size=config.get("head_dim") or hidden // heads,
-        vocabulary=config["vocab_size"],
-        context=config.get("max_position_embeddings", 0),
+        key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_size=getattr(config, "head_dim", None) or hidden // heads,
+        vocabulary=vocabulary,
+        context=getattr(config, "max_position_embeddings", 0),
     )
 
 

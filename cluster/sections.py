@@ -41,9 +41,11 @@ class Cluster(Section):
     address: Execution[str | None] = None
     """The Ray cluster: null starts one on this machine, "auto" joins the one around a job."""
     accelerator: Execution[Literal["auto", "cpu", "gpu"]] = "auto"
-    """What models run on; auto takes GPUs where the cluster has any."""
+    """What models run on; auto takes GPUs where a node with one is up, so say gpu where nodes start
+    on demand."""
     logical_cpus: Execution[PositiveInt | None] = None
-    """Logical CPUs of the cluster that `address: null` starts; null means at least eight."""
+    """Logical CPUs of the cluster that `address: null` starts; null makes room for
+    engines, workers and served models, and means at least eight."""
 
 
 class Task(Section):
@@ -228,8 +230,8 @@ class Serving(Section):
     """Context of a served model in tokens."""
     kv_cache_gib: Execution[PositiveFloat] = 1
     """KV cache of a served model on a CPU."""
-    gpus_per_model: Execution[NonNegativeFloat] = 1
-    """GPUs of one replica of a model; a share lets several models live on one."""
+    gpus_per_model: Execution[PositiveFloat] = 1
+    """GPUs of one replica of a model: a whole number, or a share where several live on one."""
     start_timeout_s: Execution[PositiveFloat] = 900
     """Give up, with a diagnosis, when the endpoint does not answer after this."""
 

@@ -6,15 +6,16 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import ceil
 from typing import Any
 
+from cluster import storage
 from cluster.config import RunConfig
 from cluster.errors import BadInputError, RunError
 from cluster.progress import say
 
 # Read by processes that start later; a value that the user has set is left alone.
 _ENVIRONMENT = {
-    "DS_ACCELERATOR": "cpu",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -27,6 +28,8 @@ _ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
 _LEAST_LOGICAL_CPUS = 8
+# Served models take a share of a CPU: they are many, idle in turn, and share the cores anyhow.
+CPUS_PER_SERVED_MODEL = 0.2
 
 
 @contextmanager
@@ -39,8 +42,7 @@ def ray_session(config: RunConfig) -> Iterator[None]:
     import ray
 
     for name, value in _ENVIRONMENT.items():
-        if name != "DS_ACCELERATOR" or not _has_gpu():
-            os.environ.setdefault(name, value)
+        os.environ.setdefault(name, value)
     started_here = not ray.is_initialized()
     if started_here:
         _start(config)
@@ -117,22 +119,51 @@ def refuse_taken_port(host: str, port: int) -> None:
 
 
 def start_serve(config: RunConfig) -> None:
-    """Start Ray Serve, once for a cluster, listening where `serving` says."""
-    from ray import serve
+    """Start Ray Serve, once for a cluster, listening where `serving` says.
 
-    serve.start(
-        proxy_location="HeadOnly",
-        http_options={"host": config.serving.host, "port": config.serving.port},
-    )
+    Raises BadInputError where Serve already runs there and listens elsewhere, which it keeps doing.
+    """
+    from ray import serve
+    from ray.serve.context import _get_global_client  # there is no public way to ask for the port
+
+    wanted = {"host": config.serving.host, "port": config.serving.port}
+    serve.start(proxy_location="HeadOnly", http_options=wanted)
+    running: Any = _get_global_client()
+    found = {name: getattr(running.http_config, name) for name in wanted}
+    if found != wanted:
+        raise BadInputError(
+            f"Ray Serve of this cluster listens on {found}, expected {wanted}: set serving.host "
+            "and serving.port to these, or end it by `serve shutdown`"
+        )
+
+
+def app_name(config: RunConfig, part: str) -> str:
+    """Ray Serve's name for a part of this run, which no other run on the cluster has."""
+    folder = str(storage.location(config.run.folder))
+    return f"potstill-{part}-{storage.digest_text(folder)[:12]}"
 
 
 def logical_cpus(config: RunConfig) -> int:
-    """CPUs that a cluster of our own offers."""
-    return config.cluster.logical_cpus or max(_LEAST_LOGICAL_CPUS, os.cpu_count() or 1)
+    """CPUs that a cluster of our own offers: room for all that holds some, and at least eight."""
+    served = CPUS_PER_SERVED_MODEL * (config.training.epochs + 2)  # base and teacher
+    least = max(_LEAST_LOGICAL_CPUS, ceil(config.cpus_held + served))
+    return config.cluster.logical_cpus or max(least, os.cpu_count() or 1)
+
+
+def refuse_too_few_cpus(config: RunConfig) -> None:
+    """Raise BadInputError where a cluster of our own is told to offer fewer CPUs than are held."""
+    offered = logical_cpus(config)
+    if config.cpus_held > offered:
+        raise BadInputError(
+            f"engines and training workers hold {config.cpus_held:g} logical CPUs, of which "
+            f"cluster.logical_cpus={offered} offers too few: raise it, or lower "
+            "engines.max_engines, engines.cpus_per_engine, training.workers or "
+            "training.cpus_per_worker"
+        )
 
 
 def uses_gpu(config: RunConfig) -> bool:
-    """Whether models run on GPUs; `auto` asks the running cluster."""
+    """Whether models run on GPUs; `auto` asks the nodes that are up now."""
     import ray
 
     if config.cluster.accelerator == "auto":
@@ -143,11 +174,10 @@ def uses_gpu(config: RunConfig) -> bool:
 def _check_accelerator(config: RunConfig) -> None:
     import ray
 
-    if config.cluster.accelerator == "gpu" and not ray.cluster_resources().get("GPU", 0):
+    # A cluster that we join may start its GPU nodes only once they are asked for.
+    wanted = config.cluster.accelerator == "gpu" and starts_own_cluster(config)
+    if wanted and not ray.cluster_resources().get("GPU", 0):
         raise BadInputError(
-            "cluster.accelerator=gpu, but the cluster has no GPU: add GPU nodes, or set it to cpu"
+            "cluster.accelerator=gpu, but this machine has no GPU: set cluster.address to a "
+            "cluster with GPUs, or cluster.accelerator to cpu"
         )
-
-
-def _has_gpu() -> bool:
-    return os.path.exists("/dev/nvidia0")

@@ -69,10 +69,7 @@ def _render(name: str, facts: dict[str, Any], escape: bool) -> str:
 
 def _training_steps(run: RunFolder) -> list[dict[str, Any]]:
     """Steps in order; of a step that a resumed run took again, the later line."""
-    file = run.root / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    records = [json.loads(line) for line in lines]
-    steps = {line["step"]: line for line in records if line.get("stage") == "train"}
+    steps = {line["step"]: line for line in run.records() if line.get("stage") == "train"}
     return [steps[step] for step in sorted(steps)]
 
 

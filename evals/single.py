@@ -1,6 +1,7 @@
 """`potstill eval`: one model, in a folder or at a URL, on one file of problems."""
 
 import tempfile
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -60,11 +61,11 @@ def _measure_folder(
     model = model_of_section(BASE, config.student)
     with ray_session(config):
         say(f"starting {config.student.model}")
-        endpoint = start_serving([model], config)
         try:
+            endpoint = start_serving([model], config)
             return measure(endpoint.url, BASE, split, prompts, config)
         finally:
-            stop_serving()
+            stop_serving(config)
 
 
 def _with_v1(url: str) -> str:
@@ -80,7 +81,8 @@ def _config(wanted: SingleEvaluation) -> RunConfig:
     }
     context = max(2048, 2 * wanted.max_new_tokens)
     raw = {
-        "run": {"folder": f"{tempfile.gettempdir()}/potstill-eval"},  # named, never written
+        # Named, never written; the name is that of the endpoint, which no other one may share.
+        "run": {"folder": f"{tempfile.gettempdir()}/potstill-eval-{uuid.uuid4().hex}"},
         "task": {"name": wanted.task, "data": wanted.data, "test_prompts": wanted.prompts},
         "teacher": section,
         "student": section,

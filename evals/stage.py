@@ -59,12 +59,12 @@ def evaluate(run: RunFolder, config: RunConfig) -> None:
     if config.serving.resident == "best":
         models = in_turn(models)
     with ray_session(config):
-        endpoint = start_serving(models, config, idle_s=_IDLE_S)
         try:
+            endpoint = start_serving(models, config, idle_s=_IDLE_S)
             for job in missing:
                 _run_job(job, endpoint, run, config)
         finally:
-            stop_serving()
+            stop_serving(config)
 
 
 def _jobs(run: RunFolder, config: RunConfig) -> list[_Job]:

@@ -16,11 +16,10 @@ from cluster.config import RunConfig
 from cluster.errors import EngineNotReadyError, RunError
 from cluster.progress import say
 from cluster.sections import Dtype, Engines
-from cluster.session import start_serve
+from cluster.session import app_name, start_serve
 from cluster.storage import digest_text
 from pipeline.models import resolve_exact
 
-APP_NAME = "potstill-sampler"
 _DEPLOYMENT = "SamplingEngine"
 
 
@@ -178,11 +177,11 @@ def ensure_engines(config: RunConfig, weights: Weights, on_gpu: bool) -> Any:
     from ray import serve
 
     start_serve(config)
-    name = f"{APP_NAME}-{weights.architecture[:12]}-{weights.dtype}"
-    for app in running_apps():
+    name = f"{app_name(config, 'sampler')}-{weights.architecture[:12]}-{weights.dtype}"
+    for app in running_apps(config):
         if app != name:
             serve.delete(app)
-    if name not in running_apps():
+    if name not in running_apps(config):
         say(f"starting {config.engines.min_engines} sampling engine(s)")
     app = _deployment(config.engines, on_gpu, weights).bind(config.engines, on_gpu)
     return _run_app(app, name, config, on_gpu)
@@ -242,21 +241,22 @@ def _deployment(engines: Engines, on_gpu: bool, weights: Weights) -> Any:
 
 
 def _resources(engines: Engines, on_gpu: bool) -> dict[str, float]:
-    if on_gpu:
-        return {"num_cpus": 1, "num_gpus": engines.tensor_parallel}
-    return {"num_cpus": engines.cpus_per_engine * engines.tensor_parallel}
+    processes = engines.tensor_parallel
+    cpus = {"num_cpus": engines.cpus_per_engine * processes}
+    return cpus | ({"num_gpus": processes} if on_gpu else {})
 
 
-def running_apps() -> list[str]:
-    """Names of the pools that run now."""
+def running_apps(config: RunConfig) -> list[str]:
+    """Names of the run's pools that are up now."""
     from ray import serve
 
-    return [name for name in serve.status().applications if name.startswith(APP_NAME)]
+    ours = app_name(config, "sampler")
+    return [name for name in serve.status().applications if name.startswith(ours)]
 
 
-def release_engines() -> None:
-    """Give back what the pools hold."""
+def release_engines(config: RunConfig) -> None:
+    """Give back what the run's pools hold."""
     from ray import serve
 
-    for name in running_apps():
+    for name in running_apps(config):
         serve.delete(name)

@@ -16,7 +16,7 @@ from cluster.config import RunConfig
 from cluster.errors import BadInputError
 from cluster.run_folder import check_recipe
 from cluster.sections import Model
-from cluster.session import refuse_taken_port, starts_own_cluster
+from cluster.session import refuse_taken_port, refuse_too_few_cpus, starts_own_cluster
 from pipeline.chat import Chat, check_chat, load_chat
 from pipeline.models import resolve_model
 from pipeline.pairs import draws_from_latest
@@ -71,6 +71,7 @@ def plan_run(config: RunConfig) -> Plan:
     plan.check(lambda: check_recipe(config))
     if starts_own_cluster(config):
         plan.check(lambda: refuse_taken_port(config.serving.host, config.serving.port))
+        plan.check(lambda: refuse_too_few_cpus(config))
     splits = plan.check(lambda: _load_splits(plan, config))
     if splits is None:
         return plan
@@ -105,7 +106,7 @@ def _probe(
     name: str, section: Model, config: RunConfig, splits: dict[Split, list[Prompt]]
 ) -> _Probe:
     folder = resolve_model(section.model)
-    shape = memory.read_shape(folder)
+    shape = memory.read_shape(folder, section.trust_remote_code)
     chat = load_chat(folder, section.chat_template, section.trust_remote_code)
     shots = worked_examples(section, splits["train"][0].kind)
     trained = _longest_prompts(chat, splits["train"], shots)

@@ -55,12 +55,12 @@ class MixedPolicyResampler:
                 + ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items() if n)
             )
         if self._config.engines.between_epochs == "release":
-            release_engines()
+            release_engines(self._config)
         return storage.read_json(folder / COUNTS_FILE)
 
     def release(self) -> None:
         """Give back the engines."""
-        release_engines()
+        release_engines(self._config)
 
     def _draw_pairs(self, epoch: int) -> list[Pair]:
         positives = pool(self.traces("teacher"))
@@ -149,3 +149,11 @@ def start_resampler(run: RunFolder, config: RunConfig, board: Any) -> Any:
 
     actor = ray.remote(MixedPolicyResampler)
     return actor.options(num_cpus=0, max_restarts=-1, max_task_retries=3).remote(run, config, board)
+
+
+def stop_resampler(resampler: Any, config: RunConfig) -> None:
+    """End the actor, and give back its engines, which else outlive the run on a joined cluster."""
+    import ray
+
+    ray.kill(resampler)
+    release_engines(config)

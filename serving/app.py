@@ -4,14 +4,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.config import RunConfig
-from cluster.errors import BadInputError
-from cluster.session import refuse_taken_port, start_serve, uses_gpu
-from serving.models import Engine, ServedModel, engines_of, routes_of
-from serving.readiness import APP_NAME, wait_until_answering, wait_until_running
+from cluster.session import (
+    CPUS_PER_SERVED_MODEL,
+    app_name,
+    refuse_taken_port,
+    start_serve,
+    uses_gpu,
+)
+from serving.models import ServedEngine, ServedModel, engines_of, routes_of
+from serving.readiness import wait_until_answering, wait_until_running
 
+_PART = "endpoint"
 _GIB = 1 << 30
-# Engines take a share of a logical CPU: they are many, idle in turn, and share the cores anyhow.
-_CPU_SHARE = 0.2
 _GPU_MEMORY_SHARE = 0.9
 _MAX_ONGOING_REQUESTS = 100_000
 _WINDOW_S = 10.0  # over which Ray Serve counts requests before it stops an idle engine
@@ -21,6 +25,7 @@ _WINDOW_S = 10.0  # over which Ray Serve counts requests before it stops an idle
 class Endpoint:
     """A running endpoint; `url` ends with /v1, as the openai client wants it."""
 
+    app_name: str
     url: str
     models: tuple[ServedModel, ...]
     start_timeout_s: float
@@ -31,7 +36,7 @@ class Endpoint:
         Raises RunError with a diagnosis where the engine fails, or takes over start_timeout_s.
         """
         engine = engines_of(list(self.models))[model_id]
-        wait_until_answering(self.url, model_id, engine, self.start_timeout_s)
+        wait_until_answering(self.app_name, self.url, model_id, engine, self.start_timeout_s)
 
 
 def start_serving(models: list[ServedModel], config: RunConfig, idle_s: float = 300) -> Endpoint:
@@ -43,29 +48,41 @@ def start_serving(models: list[ServedModel], config: RunConfig, idle_s: float = 
     from ray import serve
 
     _start_http(config)
+    name, prefix = _place(config)
     engines = list({engine.engine_id: engine for engine in engines_of(models).values()}.values())
-    target = serve.RunTarget(_application(models, engines, config, idle_s), APP_NAME, "/")
+    target = serve.RunTarget(_application(models, engines, config, idle_s), name, prefix)
     serve.run_many(
         [target],
         wait_for_ingress_deployment_creation=False,
         wait_for_applications_running=False,
     )
-    wait_until_running(engines, config.serving.start_timeout_s)
-    return Endpoint(_url(config), tuple(models), config.serving.start_timeout_s)
+    wait_until_running(name, engines, config.serving.start_timeout_s)
+    url = f"{_address(config)}{prefix.rstrip('/')}/v1"
+    return Endpoint(name, url, tuple(models), config.serving.start_timeout_s)
 
 
-def stop_serving() -> None:
+def stop_serving(config: RunConfig) -> None:
     """Take the endpoint down and wait until its engines have given back what they held."""
     from ray import serve
 
-    if APP_NAME in serve.status().applications:
-        serve.delete(APP_NAME)
+    name = app_name(config, _PART)
+    if name in serve.status().applications:
+        serve.delete(name)
 
 
-def _url(config: RunConfig) -> str:
+def _place(config: RunConfig) -> tuple[str, str]:
+    """Name and path of the endpoint: "/", or a path of its own where something else is served."""
+    from ray import serve
+
+    name = app_name(config, _PART)
+    served = {app for app in serve.status().applications if not app.startswith("potstill-sampler-")}
+    return name, "/" if served <= {name} else f"/{name}"
+
+
+def _address(config: RunConfig) -> str:
     host = config.serving.host
     reachable = "127.0.0.1" if host in ("0.0.0.0", "::") else host
-    return f"http://{reachable}:{config.serving.port}/v1"
+    return f"http://{reachable}:{config.serving.port}"
 
 
 def _start_http(config: RunConfig) -> None:
@@ -77,7 +94,7 @@ def _start_http(config: RunConfig) -> None:
 
 
 def _application(
-    models: list[ServedModel], engines: list[Engine], config: RunConfig, idle_s: float
+    models: list[ServedModel], engines: list[ServedEngine], config: RunConfig, idle_s: float
 ) -> Any:
     from ray import serve
     from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
@@ -106,7 +123,7 @@ def _application(
     )
 
 
-def _engine_options(engine: Engine, config: RunConfig, idle_s: float) -> dict[str, Any]:
+def _engine_options(engine: ServedEngine, config: RunConfig, idle_s: float) -> dict[str, Any]:
     on_gpu = uses_gpu(config)
     hardware = _on_gpu(config) if on_gpu else _on_cpu(config)
     model = engine.model
@@ -158,21 +175,18 @@ def _on_cpu(config: RunConfig) -> dict[str, Any]:
             "kv_cache_memory_bytes": int(config.serving.kv_cache_gib * _GIB),
         },
         "runtime_env": {"env_vars": binding},
-        "placement_group_config": {"bundles": [{"CPU": _CPU_SHARE}]},
+        "placement_group_config": {"bundles": [{"CPU": CPUS_PER_SERVED_MODEL}]},
     }
 
 
 def _on_gpu(config: RunConfig) -> dict[str, Any]:
     gpus = config.serving.gpus_per_model
-    if (gpus > 1 and not gpus.is_integer()) or gpus == 0:
-        raise BadInputError(
-            f"serving.gpus_per_model={gpus:g}, expected a share below 1 or a whole number: a model "
-            "lies on a part of one GPU, or on several whole ones"
-        )
     return {
         "engine_kwargs": {
             "gpu_memory_utilization": _GPU_MEMORY_SHARE * min(gpus, 1),
             "tensor_parallel_size": max(1, int(gpus)),
         },
-        "placement_group_config": {"bundle_per_worker": {"GPU": min(gpus, 1), "CPU": _CPU_SHARE}},
+        "placement_group_config": {
+            "bundle_per_worker": {"GPU": min(gpus, 1), "CPU": CPUS_PER_SERVED_MODEL}
+        },
     }

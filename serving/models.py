@@ -36,7 +36,7 @@ class ServedModel:
 
 
 @dataclass(frozen=True)
-class Engine:
+class ServedEngine:
     """One engine, named after the first id that it answers for."""
 
     engine_id: str
@@ -54,13 +54,13 @@ def evaluation_name(model_id: str, split: str) -> str:
     return f"{model_id}_{split}"
 
 
-def engines_of(models: list[ServedModel]) -> dict[str, Engine]:
+def engines_of(models: list[ServedModel]) -> dict[str, ServedEngine]:
     """Model id -> its engine; ids of equal weights, dtype and template share one."""
-    by_key: dict[tuple[str, str, str | None, bool], Engine] = {}
+    by_key: dict[tuple[str, str, str | None, bool], ServedEngine] = {}
     for model in models:
         first = by_key.get(model.engine_key)
         if first is None:
-            by_key[model.engine_key] = Engine(model.model_id, model, model.resident)
+            by_key[model.engine_key] = ServedEngine(model.model_id, model, model.resident)
         elif model.resident:
             by_key[model.engine_key] = replace(first, resident=True)
     return {model.model_id: by_key[model.engine_key] for model in models}

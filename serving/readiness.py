@@ -5,21 +5,20 @@ import time
 from pathlib import Path
 
 from cluster.errors import RunError
-from serving.models import Engine
+from serving.models import ServedEngine
 
-APP_NAME = "potstill"
 _POLL_S = 1.0
 _MESSAGE_LIMIT = 2000
 _FAILURES = 3
 
 
-def deployment_name(engine: Engine) -> str:
+def deployment_name(engine: ServedEngine) -> str:
     """What ray.serve.llm calls the deployment of an engine."""
     return f"LLMServer:{engine.engine_id}"
 
 
-def wait_until_running(engines: list[Engine], timeout_s: float) -> None:
-    """Return once the application runs, its resident engines included.
+def wait_until_running(app_name: str, engines: list[ServedEngine], timeout_s: float) -> None:
+    """Return once the application of this name runs, its resident engines included.
 
     Raises RunError with a diagnosis where it fails, or is not ready in `timeout_s`.
     """
@@ -27,16 +26,18 @@ def wait_until_running(engines: list[Engine], timeout_s: float) -> None:
 
     deadline = time.monotonic() + timeout_s
     while True:
-        app = serve.status().applications.get(APP_NAME)
+        app = serve.status().applications.get(app_name)
         if app is not None and app.status == "RUNNING":
             return
-        _refuse_failure(engines)
+        _refuse_failure(app_name, engines)
         if time.monotonic() > deadline:
-            raise RunError(_diagnosis(engines, f"not ready after {timeout_s:.0f} s"))
+            raise RunError(_diagnosis(app_name, engines, f"not ready after {timeout_s:.0f} s"))
         time.sleep(_POLL_S)
 
 
-def wait_until_answering(url: str, model_id: str, engine: Engine, timeout_s: float) -> None:
+def wait_until_answering(
+    app_name: str, url: str, model_id: str, engine: ServedEngine, timeout_s: float
+) -> None:
     """Return once `model_id` answers; its request starts an engine that is on demand.
 
     Raises RunError with a diagnosis where the engine fails, or takes over `timeout_s`.
@@ -49,11 +50,13 @@ def wait_until_answering(url: str, model_id: str, engine: Engine, timeout_s: flo
     asker.start()
     try:
         while not answered.wait(_POLL_S):
-            _refuse_failure([engine])
+            _refuse_failure(app_name, [engine])
             if len(failures) >= _FAILURES:
-                raise RunError(_diagnosis([engine], f"{model_id} cannot answer: {failures[-1]}"))
+                raise RunError(
+                    _diagnosis(app_name, [engine], f"{model_id} cannot answer: {failures[-1]}")
+                )
             if time.monotonic() > deadline:
-                raise RunError(_diagnosis([engine], f"no answer after {timeout_s:.0f} s"))
+                raise RunError(_diagnosis(app_name, [engine], f"no answer after {timeout_s:.0f} s"))
     finally:
         answered.set()  # ends the thread
 
@@ -81,10 +84,10 @@ def _ask_until(url: str, model_id: str, answered: threading.Event, failures: lis
             answered.set()
 
 
-def _refuse_failure(engines: list[Engine]) -> None:
+def _refuse_failure(app_name: str, engines: list[ServedEngine]) -> None:
     from ray import serve
 
-    app = serve.status().applications.get(APP_NAME)
+    app = serve.status().applications.get(app_name)
     if app is None:
         return
     names = {deployment_name(engine) for engine in engines}
@@ -94,14 +97,14 @@ def _refuse_failure(engines: list[Engine]) -> None:
         if name in names
     )
     if failed:
-        raise RunError(_diagnosis(engines, "failed to start"))
+        raise RunError(_diagnosis(app_name, engines, "failed to start"))
 
 
-def _diagnosis(engines: list[Engine], what: str) -> str:
+def _diagnosis(app_name: str, engines: list[ServedEngine], what: str) -> str:
     import ray
     from ray import serve
 
-    app = serve.status().applications[APP_NAME]
+    app = serve.status().applications[app_name]
     lines = [f"the endpoint is {app.status}: {what}"]
     for engine in engines:
         deployment = app.deployments.get(deployment_name(engine))

@@ -19,14 +19,14 @@ def serve(run: RunFolder, config: RunConfig, stop: threading.Event | None = None
     residents = {engine.engine_id for engine in engines_of(models).values() if engine.resident}
     with ray_session(config):
         say(f"starting {', '.join(sorted(residents))} (about a minute)")
-        endpoint = start_serving(models, config)
         try:
+            endpoint = start_serving(models, config)
             _describe(endpoint)
             (stop or threading.Event()).wait()
         except KeyboardInterrupt:
             say("stopping")
         finally:
-            stop_serving()
+            stop_serving(config)
 
 
 def _describe(endpoint: Endpoint) -> None:

@@ -124,7 +124,7 @@ def test_two_gpus_share_a_model():
 @pytest.mark.parametrize("gpus", [0, 1.5])
 def test_impossible_shares_of_gpus_are_refused(gpus):
     with pytest.raises(BadInputError, match="gpus_per_model"):
-        _on_gpu(config_with_gpus(gpus))
+        config_with_gpus(gpus)
 
 
 def test_a_taken_port_is_refused():

@@ -2,6 +2,7 @@
 
 import pytest
 
+from cluster.errors import BadInputError
 from cluster.memory import engine_bytes, read_shape, training_bytes
 from cluster.sections import Engines, Training
 
@@ -20,6 +21,26 @@ def test_a_shape_is_that_of_the_model(shape, tiny_llama):
     assert (shape.layers, shape.hidden, shape.heads) == (2, 64, config.num_attention_heads)
     keys_and_values = layer.k_proj.out_features + layer.v_proj.out_features
     assert shape.kv_values_per_token == 2 * keys_and_values
+
+
+def test_the_names_of_gpt2_are_known(tmp_path):
+    from transformers import GPT2Config
+
+    GPT2Config(n_layer=3, n_head=4, n_embd=64, n_positions=128, vocab_size=50).save_pretrained(
+        tmp_path
+    )
+    shape = read_shape(tmp_path)
+    assert (shape.layers, shape.heads, shape.hidden, shape.head_size) == (3, 4, 64, 16)
+    assert (shape.vocabulary, shape.context, shape.key_value_heads) == (50, 128, 4)
+
+
+@pytest.mark.parametrize(
+    "config", ['{"model_type": "nobody-knows"}', "{}", '{"model_type": "vit"}']
+)
+def test_a_config_that_does_not_tell_is_refused(config, tmp_path):
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(BadInputError, match="shape of the model in"):
+        read_shape(tmp_path)
 
 
 def test_an_engine_holds_its_cache(shape):

@@ -62,6 +62,10 @@ MISTAKES = {
     "missing data": ("task.data=/no/such/data.jsonl", "nothing is at /no/such/data.jsonl"),
     "too many prompts": ("task.test_prompts=6", "6 prompts asked of .*which has 5"),
     "a small engine": ("engines.max_model_len=70", "tokens .*engines.max_model_len=70: raise"),
+    "too few CPUs": (
+        "cluster.logical_cpus=1",
+        "hold 2 logical CPUs, .*cluster.logical_cpus=1 offers too few: raise it",
+    ),
     "a small endpoint": ("serving.max_model_len=70", "tokens .*serving.max_model_len=70: raise"),
     "long worked examples": (
         f"teacher.few_shot={json.dumps([{'question': LONG, 'answer': '3'}])}",

@@ -74,3 +74,34 @@ def test_metrics_are_lines_of_json(tmp_path):
     folder.record(stage="train", step=2)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
+
+
+def test_a_line_that_was_cut_short_costs_only_itself(tmp_path, capsys):
+    folder = open_run(config(tmp_path / "run"))
+    folder.record(stage="train", step=1)
+    with folder.metrics_file.open("a") as stream:
+        stream.write('{"stage": "train", "st')  # the disk was full
+    assert folder.last_record() == '{"stage": "train", "step": 1}'
+    capsys.readouterr()
+    folder.record(stage="train", step=2)
+    assert [record["step"] for record in folder.records()] == [1, 2]
+    assert capsys.readouterr().out.count("1 line(s) were cut short and are left out") == 1
+
+
+def test_an_empty_file_of_metrics_is_no_record(tmp_path):
+    folder = open_run(config(tmp_path / "run"))
+    assert folder.last_record() == "none yet"
+    folder.metrics_file.touch()
+    assert folder.last_record() == "none yet"
+    folder.record(stage="train", step=1)
+    assert folder.metrics_file.read_text().count("\n") == 1
+
+
+def test_each_try_leaves_its_environment(tmp_path, monkeypatch):
+    for commit in ("first", "second", "third"):
+        monkeypatch.setattr("cluster.run_folder._git_commit", lambda commit=commit: commit)
+        open_run(config(tmp_path / "run"))
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["commit"] == "third"
+    assert [earlier["commit"] for earlier in environment["earlier"]] == ["first", "second"]
+    assert all("earlier" not in earlier for earlier in environment["earlier"])

@@ -2,15 +2,18 @@
 
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from cluster.errors import RunError
 from cluster.sections import Training
 from pipeline.logprobs import ResponseLogProbs
 from training.batches import BatchCounts, MicroBatch, TokenPair, count_batch, micro_batches
+from training.engine import TrainingEngine
 from training.finite import FiniteCheck
 from training.schedule import count_steps, learning_rate
 from training.step import SUMS, accumulate, collate_pairs, describe_step
@@ -232,3 +235,22 @@ def test_the_rate_warms_up_to_its_peak_and_falls_to_nearly_nothing():
 def test_the_rate_at_the_ends_of_warmup(warmup_share):
     rates = [learning_rate(step, 4, 1.0, warmup_share) for step in range(1, 5)]
     assert all(0 < rate <= 1 for rate in rates)
+
+
+@pytest.mark.parametrize("norm", [-1.0, math.inf, math.nan])
+def test_a_norm_that_says_not_finite_stops_the_run(norm):
+    with pytest.raises(RunError, match="summed over all workers, is not finite"):
+        _engine_with(norm).step(1e-3)
+    with pytest.raises(RunError, match="summed over all workers, is not finite"):
+        _engine_with(1.0, overflow=True).step(1e-3)
+    assert _engine_with(2.5).step(1e-3) == 2.5
+
+
+def _engine_with(norm, overflow=False):
+    engine = object.__new__(TrainingEngine)
+    engine._clips_itself = False
+    optimizer = SimpleNamespace(param_groups=[{}], overflow=overflow)
+    engine.deepspeed = SimpleNamespace(
+        optimizer=optimizer, step=lambda: None, get_global_grad_norm=lambda: norm
+    )
+    return engine

@@ -59,18 +59,27 @@ def _kept_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, buffer) for name, buffer in model.named_buffers() if name in state]
 
 
-def write_checkpoint(folder: Path, base: Path, weights: dict[str, Tensor], chat: Chat) -> None:
+def write_checkpoint(
+    folder: Path,
+    base: Path,
+    weights: dict[str, Tensor],
+    chat: Chat,
+    trust_remote_code: bool = False,
+) -> None:
     """Write a Hugging Face folder: weights, config, tokenizer, chat template, generation config.
 
-    `base` is the student's folder before training. The generation config stops at the
-    end-of-turn token, also where the base model's did not.
+    `base` is the student's folder before training; with `trust_remote_code` save_pretrained copies
+    the code that came with it. The generation config stops at the end-of-turn token, also where
+    the base model's did not.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(base)
+    config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     config.dtype = next(iter(weights.values())).dtype
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=config.dtype, trust_remote_code=trust_remote_code
+        )
     model.generation_config = _generation_config(base, chat)
     model.save_pretrained(folder, state_dict=weights)
     chat.tokenizer.chat_template = chat.template

@@ -1,5 +1,6 @@
 """The student inside DeepSpeed: the model, its trainable parameters, AdamW, and ZeRO."""
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def _add_lora(model: Any, lora: Lora) -> None:
         parameter.requires_grad = "lora_" in name
 
 
-class Engine:
+class TrainingEngine:
     """DeepSpeed's engine with the few things that a training step needs of it."""
 
     def __init__(self, model: Any, training: Training, workers: int) -> None:
@@ -82,13 +83,15 @@ class Engine:
     def step(self, learning_rate: float) -> float:
         """Clip, step and clear the gradients. Returns their norm before clipping.
 
-        Raises RunError where the reduced gradient is not finite; the weights are then unchanged.
+        Raises RunError where the reduced gradient is not finite: DeepSpeed 0.19 skips such a step
+        (`overflow`) at every stage, and without ZeRO in float32 we stop before it.
         """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         self.deepspeed.step()
         norm = self._norm if self._clips_itself else float(self.deepspeed.get_global_grad_norm())
-        if getattr(self.deepspeed.optimizer, "overflow", False) or norm != norm:
+        # DeepSpeed's norms are inf, NaN or -1 where a gradient is not finite.
+        if getattr(self.deepspeed.optimizer, "overflow", False) or not 0 <= norm < math.inf:
             raise RunError("the gradient, summed over all workers, is not finite")
         return norm
 

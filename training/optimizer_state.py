@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from training.engine import Engine
+from training.engine import TrainingEngine
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _PARTS = ("weight", *_MOMENTS)
@@ -22,7 +22,7 @@ _FILE_BYTES = 1 << 31
 _INDEX = "state.json"
 
 
-def save_state(engine: Engine, folder: Path, step: int, write: bool) -> None:
+def save_state(engine: TrainingEngine, folder: Path, step: int, write: bool) -> None:
     """Write the state after `step` optimizer steps. Every worker calls this, one has `write`."""
     files: dict[str, int] = {}
     held: dict[str, Tensor] = {}
@@ -38,7 +38,7 @@ def save_state(engine: Engine, folder: Path, step: int, write: bool) -> None:
         (folder / _INDEX).write_text(json.dumps({"step": step, "files": files}))
 
 
-def load_state(engine: Engine, folder: Path) -> int:
+def load_state(engine: TrainingEngine, folder: Path) -> int:
     """Put a saved state into a fresh engine, on every worker. Returns its optimizer steps."""
     index = json.loads((folder / _INDEX).read_text())
     _make_moments(engine, index["step"])
@@ -51,7 +51,7 @@ def load_state(engine: Engine, folder: Path) -> int:
     return index["step"]
 
 
-def _trained(engine: Engine) -> Iterator[tuple[str, nn.Parameter]]:
+def _trained(engine: TrainingEngine) -> Iterator[tuple[str, nn.Parameter]]:
     return ((n, p) for n, p in engine.model.named_parameters() if p.requires_grad)
 
 
@@ -68,7 +68,7 @@ def _keys(path: Path) -> list[str]:
         return list(file.keys())
 
 
-def _read(engine: Engine, parameter: nn.Parameter, part: str) -> Tensor:
+def _read(engine: TrainingEngine, parameter: nn.Parameter, part: str) -> Tensor:
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     master = _unsharded(engine, parameter)
@@ -79,7 +79,7 @@ def _read(engine: Engine, parameter: nn.Parameter, part: str) -> Tensor:
     return safe_get_full_optimizer_state(parameter, part)
 
 
-def _write(engine: Engine, parameter: nn.Parameter, part: str, value: Tensor) -> None:
+def _write(engine: TrainingEngine, parameter: nn.Parameter, part: str, value: Tensor) -> None:
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     master = _unsharded(engine, parameter)
@@ -104,7 +104,7 @@ def _write_working_copy(parameter: nn.Parameter, value: Tensor) -> None:
         parameter.data.copy_(value)
 
 
-def _unsharded(engine: Engine, parameter: nn.Parameter) -> Tensor | None:
+def _unsharded(engine: TrainingEngine, parameter: nn.Parameter) -> Tensor | None:
     """The float32 tensor that AdamW steps for `parameter` without ZeRO; None with it."""
     optimizer: Any = engine.deepspeed.optimizer
     if optimizer is engine.adam:
@@ -117,7 +117,7 @@ def _unsharded(engine: Engine, parameter: nn.Parameter) -> Tensor | None:
     raise AssertionError("a trained parameter that the optimizer does not know")
 
 
-def _make_moments(engine: Engine, step: int) -> None:
+def _make_moments(engine: TrainingEngine, step: int) -> None:
     """AdamW makes its moments at its first step; a restored one needs them before."""
     optimizer: Any = engine.deepspeed.optimizer
     for flat in _stepped_tensors(engine, optimizer):
@@ -129,7 +129,7 @@ def _make_moments(engine: Engine, step: int) -> None:
         optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _stepped_tensors(engine: Engine, optimizer: Any) -> list[Tensor]:
+def _stepped_tensors(engine: TrainingEngine, optimizer: Any) -> list[Tensor]:
     if optimizer is engine.adam:
         return list(engine.adam.param_groups[0]["params"])
     if hasattr(optimizer, "fp32_groups"):

@@ -1,11 +1,13 @@
 """The training stage: one Ray Train run over all epochs that are left."""
 
 import os
+import signal
 import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from cluster import storage
 from cluster.config import RunConfig
 from cluster.errors import BadInputError, RunError
 from cluster.progress import say
@@ -13,6 +15,7 @@ from cluster.run_folder import RunFolder
 
 # Ray Train gives up on its workers after a minute; a node that an autoscaler adds takes longer.
 _WORKER_START_TIMEOUT_S = "900"
+_LOST_NODES = 3  # announced losses of nodes after which training starts again by itself
 
 
 def train(run: RunFolder, config: RunConfig, resampler: Any, board: Any = None) -> None:
@@ -22,27 +25,17 @@ def train(run: RunFolder, config: RunConfig, resampler: Any, board: Any = None) 
     prepare_epoch(e) publishes those of epoch e, `board` one that shows progress. Goes on after the
     last published checkpoint. Raises RunError where training cannot go on.
     """
-    done, epochs = epochs_done(run, config.training.epochs), config.training.epochs
+    epochs = config.training.epochs
+    done = run.epochs_done(epochs)
     if done == epochs:
         say(f"training: the checkpoints of all {epochs} epochs are there, nothing to train")
         return
     if done:
         say(f"training: going on after epoch {done} of {epochs}, with its optimizer state")
-    _fit(run, config, resampler, board, done)
+    _fit(run, config, resampler, board)
 
 
-def epochs_done(run: RunFolder, epochs: int) -> int:
-    """The last epoch that training can go on from: all, or one whose trainer state is there."""
-    if storage.is_published(run.checkpoint(epochs)):
-        return epochs
-    for epoch in range(epochs - 1, 0, -1):
-        needed = run.checkpoint(epoch), run.trainer_state(epoch)
-        if all(storage.is_published(folder) for folder in needed):
-            return epoch
-    return 0
-
-
-def _fit(run: RunFolder, config: RunConfig, resampler: Any, board: Any, done: int) -> None:
+def _fit(run: RunFolder, config: RunConfig, resampler: Any, board: Any) -> None:
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -60,29 +53,65 @@ def _fit(run: RunFolder, config: RunConfig, resampler: Any, board: Any, done: in
     with tempfile.TemporaryDirectory(prefix="potstill-train-") as scratch:
         trainer = TorchTrainer(
             train_worker,
-            train_loop_config={"assignment": Assignment(run, config, resampler, board, done)},
+            train_loop_config={"assignment": Assignment(run, config, resampler, board, on_gpu)},
             scaling_config=scaling,
             torch_config=TorchConfig(
                 backend="nccl" if on_gpu else "gloo",
                 timeout_s=int(max(1800, training.resample_timeout_s)),
             ),
-            # Ray Train would silently resume a run of the same name.
             run_config=ray.train.RunConfig(
-                name=f"potstill-{uuid.uuid4().hex}", storage_path=scratch
+                name=f"potstill-{uuid.uuid4().hex}",  # it would silently resume one of its name
+                storage_path=scratch,
+                failure_config=_failure_config(),
             ),
         )
-        _run(trainer)
+        with _interruptible():
+            _run(trainer)
+
+
+def _failure_config() -> Any:
+    """Ray Train's own default asks for workers again and again, for ever."""
+    from ray.train import FailureConfig
+
+    return FailureConfig(  # type: ignore[call-arg]  # declared as that of version 1
+        max_failures=0, controller_failure_limit=0, max_preemption_failures=_LOST_NODES
+    )
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ray Train answers Ctrl-C by leaving with code 0, and would still do so after training."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _run(trainer: Any) -> None:
-    from ray.train import TrainingFailedError
+    from ray.train import ControllerError, TrainingFailedError
 
     try:
         trainer.fit()
+    except ControllerError as error:
+        raise RunError(_diagnosis(trainer.scaling_config, error)) from error
     except TrainingFailedError as error:
         failures = getattr(error, "worker_failures", {})
-        for failure in failures.values():
+        for _, failure in sorted(failures.items()):  # worker 0 knows most
             for cause in (failure, failure.__cause__):
                 if isinstance(cause, BadInputError | RunError):
                     raise cause from None
         raise RunError(f"training failed: {error}") from error
+
+
+def _diagnosis(scaling: Any, error: Any) -> str:
+    import ray
+
+    return (
+        f"Ray Train has no workers: {error.controller_failure} Asked for {scaling.num_workers} x "
+        f"{scaling.resources_per_worker}; the cluster has {ray.cluster_resources()}, of which "
+        f"{ray.available_resources()} are free: add nodes, or lower training.workers, "
+        "training.cpus_per_worker or engines.max_engines"
+    )

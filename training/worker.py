@@ -1,5 +1,6 @@
 """What each Ray Train worker does: every epoch's steps, its checkpoint, and the wait for pairs."""
 
+import os
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from pipeline.models import resolve_model
 from pipeline.rows import Pair, from_table
 from training.batches import TokenPair, count_batch, global_batches, micro_batches, tokenize_pair
 from training.checkpoints import gather_weights, write_checkpoint
-from training.engine import Engine, load_student, use_threads
+from training.engine import TrainingEngine, load_student, use_threads
 from training.finite import FiniteCheck
 from training.optimizer_state import load_state, save_state
 from training.schedule import count_steps, learning_rate
@@ -39,26 +40,30 @@ class Assignment:
     config: RunConfig
     resampler: Any  # actor handle with prepare_epoch(epoch)
     board: Any  # actor handle of cluster.progress.Board, or None
-    epochs_done: int  # the last epoch with a published checkpoint and trainer state
+    on_gpu: bool  # what the run decided, for a CPU run may be on a machine with GPUs
 
 
 def train_worker(settings: dict[str, Assignment]) -> None:
-    """Train all epochs that are left. Runs on every worker."""
+    """Train all epochs that are left. Runs on every worker, also on one that is started anew."""
     import ray.train
 
     context = ray.train.get_context()
     assignment = settings["assignment"]
-    if not torch.cuda.is_available():
+    os.environ["DS_ACCELERATOR"] = "cuda" if assignment.on_gpu else "cpu"  # read by its import
+    if not assignment.on_gpu:
         use_threads(assignment.config.training, context.get_local_world_size())
     attach(assignment.board)
-    Worker(assignment, context.get_world_rank(), context.get_world_size()).train()
+    epochs = assignment.config.training.epochs
+    done = assignment.run.epochs_done(epochs)
+    if done < epochs:
+        Worker(assignment, done, context.get_world_rank(), context.get_world_size()).train()
 
 
 class Worker:
     """One worker's model, its place among the workers, and the schedule that all share."""
 
-    def __init__(self, assignment: Assignment, rank: int, workers: int) -> None:
-        self.run, self.config = assignment.run, assignment.config
+    def __init__(self, assignment: Assignment, done: int, rank: int, workers: int) -> None:
+        self.run, self.config, self.done = assignment.run, assignment.config, done
         self.assignment, self.rank, self.workers = assignment, rank, workers
         self.training = self.config.training
         # A group of its own for what the CPU decides; it also has barriers with a time limit.
@@ -71,7 +76,7 @@ class Worker:
         torch.manual_seed(self.config.run.seed)
         model = load_student(self.base, self.config)
         self.share_prompts = shares_prompts(model.config)
-        self.engine = Engine(model, self.training, workers)
+        self.engine = TrainingEngine(model, self.training, workers)
         self.finite = FiniteCheck(model.parameters())
         self._resume()
 
@@ -80,15 +85,14 @@ class Worker:
         return timedelta(seconds=self.training.resample_timeout_s)
 
     def _resume(self) -> None:
-        done = self.assignment.epochs_done
-        if done:
-            saved = storage.fetch_folder(self.run.trainer_state(done), storage.cache_folder())
-            step = load_state(self.engine, saved)
-            assert step == done * self.steps, f"state of step {step}, expected {done * self.steps}"
+        if self.done:
+            saved = storage.fetch_folder(self.run.trainer_state(self.done), storage.cache_folder())
+            step, expected = load_state(self.engine, saved), self.done * self.steps
+            assert step == expected, f"state of step {step}, expected {expected}"
 
     def train(self) -> None:
         """Train every epoch that is left."""
-        for epoch in range(self.assignment.epochs_done + 1, self.training.epochs + 1):
+        for epoch in range(self.done + 1, self.training.epochs + 1):
             self._await_pairs(epoch)
             self._train_epoch(epoch)
             self._publish(epoch)
@@ -97,19 +101,19 @@ class Worker:
         if self.rank == 0 and not storage.is_published(self.run.pairs(epoch)):
             self._ask_for_pairs(epoch)
         try:
-            dist.monitored_barrier(self.control, timeout=self._patience)
+            # The others may wait since worker 0 began to publish, and its own error says more.
+            dist.monitored_barrier(self.control, timeout=2 * self._patience)
         except RuntimeError as error:
             raise RunError(
-                f"worker {self.rank} waited {self._patience} for the pairs of epoch {epoch}: "
-                f"{error}. Look for the resampler's error in {self.run.log_file}, or raise "
-                "training.resample_timeout_s"
+                f"worker {self.rank} waited for the pairs of epoch {epoch}, at most "
+                f"{2 * self._patience}: {error}. Look for the resampler's error in "
+                f"{self.run.log_file}, or raise training.resample_timeout_s"
             ) from None
 
     def _ask_for_pairs(self, epoch: int) -> None:
         import ray
 
-        # A little less than what the others wait, so that the reason comes from here.
-        limit = 0.95 * self.training.resample_timeout_s
+        limit = self.training.resample_timeout_s
         try:
             result_of(self.assignment.resampler.prepare_epoch.remote(epoch), limit)
         except ray.exceptions.GetTimeoutError:
@@ -207,7 +211,8 @@ class Worker:
         if first:
             target = self.run.checkpoint(epoch)
             staging = storage.staging_folder(target)
-            write_checkpoint(staging, self.base, weights, self.chat)
+            trusted = self.config.student.trust_remote_code
+            write_checkpoint(staging, self.base, weights, self.chat, trusted)
             storage.publish_folder(staging, target)
             for earlier in range(1, epoch + last):
                 storage.discard_folder(self.run.trainer_state(earlier))

@@ -51,7 +51,7 @@ def config(tmp_path_factory, tiny_llama):
 def session(config):
     with ray_session(config):
         yield
-        release_engines()
+        release_engines(config)
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ def test_a_warm_engine_takes_new_weights(config, tiny_llama, tmp_path, prompts, 
     assert len(engines) == 1
     assert running_engines() == engines, "the engine was started anew"
     # A fresh engine with the new weights writes the same texts as the warm one did.
-    release_engines()
+    release_engines(config)
     again = SampleStore(location(str(tmp_path / "again")))
     anew = by_key(sample(new, prompts, config, again, on_gpu=False))
     assert {key: row.text for key, row in anew.items()} == {

@@ -80,7 +80,7 @@ def endpoint(run, config, session):
     base, teacher, *_ = served_models(run, config)
     student = ServedModel("student", str(run.checkpoint(1)), resident=False)
     yield start_serving([base, teacher, student], config)
-    stop_serving()
+    stop_serving(config)
 
 
 @pytest.fixture(scope="module")
@@ -184,8 +184,22 @@ def test_ask_streams_to_the_screen(endpoint, capsys):
     assert capsys.readouterr().out == f"{text}\n"
 
 
+def test_another_run_on_the_cluster_has_an_endpoint_of_its_own(endpoint, run, config):
+    run_section = config.run.model_copy(update={"folder": f"{config.run.folder}-other"})
+    other = config.model_copy(update={"run": run_section})
+    base, *_ = served_models(run, config)
+    beside = start_serving([base], other)
+    try:
+        assert beside.url != endpoint.url
+        texts = [ask(at.url, "Hello", "base", max_tokens=12) for at in (beside, endpoint)]
+        assert texts[0] == texts[1] != ""
+    finally:
+        stop_serving(other)
+    assert ask(endpoint.url, "Hello", "base", max_tokens=12) == texts[0]
+
+
 def test_model_that_cannot_start_is_named(endpoint, run, config, tmp_path):
-    stop_serving()
+    stop_serving(config)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(RunError, match=r"broken .*" + tmp_path.name):
         start_serving([ServedModel("broken", str(tmp_path))], config)

@@ -4,6 +4,9 @@ import json
 import os
 import re
 import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -22,7 +25,7 @@ from pipeline.logprobs import ResponseLogProbs
 from pipeline.rows import Pair, to_table
 from training.batches import count_batch, global_batches, tokenize_pair
 from training.engine import DTYPES
-from training.stage import epochs_done, train
+from training.stage import train
 from training.step import collate_pairs, pair_losses
 
 pytestmark = pytest.mark.integration
@@ -32,13 +35,12 @@ PAIRS = 11  # 3 batches of 4, the last one partial
 
 @pytest.fixture(scope="module", autouse=True)
 def ray_cluster():
-    os.environ["DS_ACCELERATOR"] = "cpu"
     ray.init(
         num_cpus=8,
         include_dashboard=False,
         log_to_driver=False,
         logging_level="ERROR",
-        runtime_env={"env_vars": {"DS_ACCELERATOR": "cpu", "RAY_TRAIN_V2_ENABLED": "1"}},
+        runtime_env={"env_vars": {"RAY_TRAIN_V2_ENABLED": "1"}},
     )
     yield
     ray.shutdown()
@@ -190,7 +192,7 @@ def test_training_goes_on_from_the_last_checkpoint_as_if_never_stopped(
     _publish_pairs(run, 1)
     with pytest.raises(RunError, match="epoch 2 has 5 pairs, expected 11"):
         train(run, config, WritesPairs.remote(run, {2: 5}))
-    assert epochs_done(run, 2) == 1
+    assert run.epochs_done(2) == 1
     storage.discard_folder(run.pairs(2))
     train(run, config, WritesPairs.remote(run))
     assert [line["step"] for line in _metrics(run)] == [1, 2, 3, 4, 5, 6], "trained a step twice"
@@ -292,6 +294,31 @@ def test_workers_do_not_wait_for_pairs_for_ever(tiny_llama, tmp_path):
     run = RunFolder(UPath(tmp_path))
     _publish_pairs(run, 1)
     config = _config(tmp_path, tiny_llama, workers=2, micro_batch=1, resample_timeout_s=15)
-    with pytest.raises(RunError, match=r"pairs of epoch 2 did not come within 14 s: raise"):
+    with pytest.raises(RunError, match=r"pairs of epoch 2 did not come within 15 s: raise"):
         train(run, config, WritesPairs.remote(run, delay=60))
-    assert epochs_done(run, 2) == 1, "what was trained before is not lost"
+    assert run.epochs_done(2) == 1, "what was trained before is not lost"
+
+
+def test_training_without_room_stops_and_says_so(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
+    run = RunFolder(UPath(tmp_path))
+    config = _config(tmp_path, tiny_llama, cpus_per_worker=100)
+    with pytest.raises(
+        RunError, match=r"Asked for 1 x \{'CPU': 100.0\}; the cluster has .*add nodes"
+    ):
+        train(run, config, resampler=None)
+
+
+def test_ctrl_c_in_training_is_an_interruption(tiny_llama, tmp_path):
+    run, handler = RunFolder(UPath(tmp_path)), signal.getsignal(signal.SIGINT)
+    _publish_pairs(run, 1)
+
+    def interrupt():
+        while not storage.is_published(run.checkpoint(1)):
+            time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        train(run, _config(tmp_path, tiny_llama), WritesPairs.remote(run, delay=60))
+    assert signal.getsignal(signal.SIGINT) is handler

@@ -1,0 +1,59 @@
+"""A checkpoint of a student that comes with its own code is a whole, loadable folder too."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from pipeline.chat import load_chat
+from training.checkpoints import write_checkpoint
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+from .own_parts import HALF
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+
+    def forward(self, *args, **options):
+        outputs = super().forward(*args, **options)
+        outputs.logits = outputs.logits * HALF
+        return outputs
+"""
+
+
+@pytest.fixture
+def own_model(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "hf"))
+    folder = tmp_path / "own_model"
+    shutil.copytree(tiny_llama, folder)
+    (folder / "own_code.py").write_text(CODE)
+    (folder / "own_parts.py").write_text("HALF = 0.5\n")
+    config = json.loads((folder / "config.json").read_text())
+    names = {"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnModel"}
+    config |= {"model_type": "own", "architectures": ["OwnModel"], "auto_map": names}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_student_with_its_own_code_is_saved_with_it(own_model, tiny_llama, tmp_path):
+    chat = load_chat(own_model, None, trust_remote_code=True)
+    weights = load_file(own_model / "model.safetensors")
+    target = tmp_path / "checkpoint"
+    target.mkdir()
+    write_checkpoint(target, own_model, weights, chat, trust_remote_code=True)
+    assert {"own_code.py", "own_parts.py"} <= {file.name for file in target.iterdir()}
+    shutil.rmtree(own_model)
+    ids = torch.tensor([chat.prompt_ids("Tom has 3 pens.")])
+    load = AutoModelForCausalLM.from_pretrained
+    saved = load(target, trust_remote_code=True, dtype=torch.float32)
+    assert type(saved).__name__ == "OwnModel"
+    with torch.no_grad():
+        expected = 0.5 * load(tiny_llama)(input_ids=ids).logits
+        torch.testing.assert_close(saved(input_ids=ids).logits, expected)
