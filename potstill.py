@@ -1,7 +1,6 @@
 """The command line of Potstill: plan, run, serve, ask, eval and the rest."""
 
 import json
-import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -124,17 +123,13 @@ def _train(folder: RunFolder, config: RunConfig, resampler: Any, board: Any) -> 
 def _finish(folder: RunFolder, config: RunConfig) -> None:
     from evals.report import write_report
     from evals.table import results_table
-    from pipeline.tasks import load_prompts, user_message
+    from serving.client import example_question, program
 
     write_report(folder, config)
     console().print(results_table(folder, config))
     say(f"report: {folder.root / 'report.html'}")
-    say(f"serve:  potstill serve {folder.root}")
-    example = load_prompts(config.task, "test", config.run.seed)[0]
-    url = f"http://{config.serving.host}:{config.serving.port}/v1"
-    words = user_message(example) if example.choices else example.question
-    kind = "" if example.choices else f"--kind {example.kind} "
-    say(f"ask:    potstill ask {shlex.quote(words)} {kind}--url {url}")
+    say(f"serve:  {program()} serve {config.run.folder}")
+    say(f"ask:    {example_question(config)}")
 
 
 @app.command()
@@ -224,9 +219,23 @@ def _existing(run: str) -> tuple[RunFolder, RunConfig]:
     return folder, folder.load_config()
 
 
+def _count_interruptions() -> list[int]:
+    """The signals that asked the command to stop: what ends it then may be an error on its way."""
+    received: list[int] = []
+
+    def interrupt(number: int, _: Any) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, interrupt)
+    return received
+
+
 def main() -> None:
     """Run the command line: exit 2 for bad input, 75 for an interruption that can go on."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    interruptions = _count_interruptions()
     try:
         app()
     except BadInputError as error:
@@ -236,7 +245,8 @@ def main() -> None:
         console().print(f"stopped: {error}", markup=False, style="red")
         sys.exit(1)
     except SystemExit as stop:
-        if stop.code != _SIGINT_EXIT:
+        interrupted = stop.code == _SIGINT_EXIT or (stop.code and interruptions)
+        if not interrupted:
             raise
         say("interrupted: the same command goes on from here")
         sys.exit(EXIT_INTERRUPTED)

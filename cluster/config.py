@@ -117,13 +117,27 @@ def parse_config(raw: Any, source: str) -> RunConfig:
         raise BadInputError(f"{source}: {_describe(error)}") from None
 
 
+class _SafeLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, which of two equal keys drops the first: here they are refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node. Raises MarkedYAMLError for a key that it has twice."""
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key!r} is there twice", problem_mark=node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise BadInputError(f"no configuration at {path}: give the path of a YAML file")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = _SafeLoader(path.read_text(encoding="utf-8")).get_single_data()
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInputError(f"{path} is not valid YAML: {error}") from None
+        raise BadInputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise BadInputError(
             f"{path} holds {type(raw).__name__}, expected sections such as task: and teacher:"

@@ -152,6 +152,8 @@ def _write_environment(path: UPath) -> None:
 def check_recipe(config: RunConfig) -> RunFolder:
     """The run folder of `config`, unchanged; refuses one that holds a run of another recipe."""
     folder = RunFolder(storage.location(config.run.folder))
+    storage.check_reachable("run.folder", folder.root)
+    storage.check_reachable("run.store", storage.location(config.run.store))
     if not folder.config_file.exists():
         return folder
     before, after = recipe_of(folder.load_config()), recipe_of(config)

@@ -45,9 +45,10 @@ def ray_session(config: RunConfig) -> Iterator[None]:
         os.environ.setdefault(name, value)
     started_here = not ray.is_initialized()
     if started_here:
-        _start(config)
         # Ray's own handler exits with 1; a polite request to stop is an interruption, as Ctrl-C is.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        handler = signal.getsignal(signal.SIGTERM)
+        _start(config)
+        signal.signal(signal.SIGTERM, handler)
     try:
         _check_accelerator(config)
         yield

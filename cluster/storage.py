@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from upath import UPath
 
-from cluster.errors import RunError
+from cluster.errors import BadInputError, RunError
 
 MARKER = "PUBLISHED.json"
 _CHUNK = 1 << 22
@@ -29,6 +29,19 @@ def location(text: str) -> UPath:
     # A cached listing would hide what another process has written since.
     path = UPath(text, use_listings_cache=False) if "://" in text else UPath(text).expanduser()
     return path if path.protocol else path.absolute()
+
+
+def check_reachable(option: str, place: UPath) -> None:
+    """Raise BadInputError where the place that an option names cannot be asked what it holds."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        place.exists()
+    except (OSError, ValueError, ImportError, BotoCoreError, ClientError) as error:
+        raise BadInputError(
+            f"{option}={place} cannot be read ({error}): check the URL, the credentials of this "
+            "machine and its rights"
+        ) from None
 
 
 def cache_folder() -> Path:

@@ -16,6 +16,8 @@ def results_table(run: RunFolder, config: RunConfig | None = None) -> Table:
     table = Table(
         title=f"{config.task.name}, test, n = {n}, greedy, in percent ± standard error",
         title_justify="left",
+        caption="* served as student" if any(result.best for result in results) else None,
+        caption_justify="left",
         box=None,
         pad_edge=False,
     )

@@ -46,7 +46,8 @@ class Plan:
         try:
             return step()
         except BadInputError as error:
-            self.refusals.append(str(error))
+            if str(error) not in self.refusals:
+                self.refusals.append(str(error))
             return None
 
 
@@ -75,7 +76,6 @@ def plan_run(config: RunConfig) -> Plan:
     splits = plan.check(lambda: _load_splits(plan, config))
     if splits is None:
         return plan
-    plan.check(lambda: _check_head(config.student))
     teacher = plan.check(lambda: _probe("teacher", config.teacher, config, splits))
     student = plan.check(lambda: _probe("student", config.student, config, splits))
     if teacher and student:
@@ -107,6 +107,8 @@ def _probe(
 ) -> _Probe:
     folder = resolve_model(section.model)
     shape = memory.read_shape(folder, section.trust_remote_code)
+    if name == "student":
+        _check_head(folder, section)
     chat = load_chat(folder, section.chat_template, section.trust_remote_code)
     shots = worked_examples(section, splits["train"][0].kind)
     trained = _longest_prompts(chat, splits["train"], shots)
@@ -129,9 +131,8 @@ def _probe(
     return _Probe(folder, shape, chat, next(taken, trained[0]))
 
 
-def _check_head(section: Model) -> None:
+def _check_head(folder: Path, section: Model) -> None:
     """Refuse to train what `pipeline.logprobs` would score at another temperature."""
-    folder = resolve_model(section.model)
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     scales = {name: settings[name] for name in _SCALES if settings.get(name, 1) not in (1, None)}
     if scales:
@@ -240,10 +241,8 @@ def _seconds(
 
 
 def describe_plan(plan: Plan, with_prompts: bool = False) -> Table:
-    """The plan as a table for the terminal, with a rendered prompt of each model if asked."""
+    """The plan as a table for the terminal, below a rendered prompt of each model if asked."""
     table = Table(show_header=False, box=None)
-    for name, value in plan.rows + (plan.rendered if with_prompts else []):
+    for name, value in (plan.rendered if with_prompts else []) + plan.rows:
         table.add_row(name, Text(value))
-    for refusal in plan.refusals:
-        table.add_row("[red]refused[/red]", Text(refusal))
     return table

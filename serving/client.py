@@ -1,9 +1,12 @@
 """Asking a served model a question, the answer streaming in."""
 
 import os
+import shlex
+import shutil
 import sys
 from typing import TextIO
 
+from cluster.config import RunConfig
 from cluster.errors import BadInputError, RunError
 from pipeline.rows import Kind
 
@@ -54,6 +57,25 @@ def ask(
         raise RunError(f"{model} at {url} cannot answer: {error.message}") from None
     print(file=out)
     return "".join(pieces)
+
+
+def example_question(config: RunConfig, model: str = "student", url: str | None = None) -> str:
+    """The command that asks a served model of a run one of its test problems, as in training."""
+    from pipeline.tasks import load_prompts, user_message
+
+    example = load_prompts(config.task, "test", config.run.seed)[0]
+    words = user_message(example) if example.choices else example.question
+    kind = "" if example.choices else f" --kind {example.kind}"
+    url = url or f"http://{config.serving.host}:{config.serving.port}/v1"
+    return f"{program()} ask {shlex.quote(words)}{kind} --model {model} --url {url}"
+
+
+def program() -> str:
+    """How the command line was called, for commands that the user may copy."""
+    called = sys.argv[0]
+    if shutil.which("potstill") == called:
+        return "potstill"
+    return f"python {called}" if called.endswith(".py") else called
 
 
 def _worded(question: str, kind: Kind | None) -> str:

@@ -7,6 +7,7 @@ from cluster.progress import say
 from cluster.run_folder import RunFolder
 from cluster.session import ray_session
 from serving.app import Endpoint, start_serving, stop_serving
+from serving.client import example_question
 from serving.models import STUDENT, engines_of, served_models
 
 
@@ -21,7 +22,7 @@ def serve(run: RunFolder, config: RunConfig, stop: threading.Event | None = None
         say(f"starting {', '.join(sorted(residents))} (about a minute)")
         try:
             endpoint = start_serving(models, config)
-            _describe(endpoint)
+            _describe(endpoint, config)
             (stop or threading.Event()).wait()
         except KeyboardInterrupt:
             say("stopping")
@@ -29,7 +30,7 @@ def serve(run: RunFolder, config: RunConfig, stop: threading.Event | None = None
             stop_serving(config)
 
 
-def _describe(endpoint: Endpoint) -> None:
+def _describe(endpoint: Endpoint, config: RunConfig) -> None:
     engines = engines_of(list(endpoint.models))
     say(f"serving at {endpoint.url}, until Ctrl-C:")
     for model in endpoint.models:
@@ -39,4 +40,4 @@ def _describe(endpoint: Endpoint) -> None:
         say(f"  {model.model_id}{alias}: {state}")
     ids = {model.model_id for model in endpoint.models}
     asked = STUDENT if STUDENT in ids else endpoint.models[0].model_id
-    say(f'ask it: potstill ask "What is 7 times 6?" --model {asked} --url {endpoint.url}')
+    say(f"ask it: {example_question(config, asked, endpoint.url)}")

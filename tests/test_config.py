@@ -109,3 +109,9 @@ def test_recipe_fields_are_told_from_execution_fields(config_file):
 def test_lora_is_part_of_the_recipe(config_file):
     recipe = recipe_of(load_config(config_file, ["training.lora={rank: 4}"]))
     assert recipe["training.lora.rank"] == 4
+
+
+def test_a_key_that_is_there_twice_is_refused(config_file):
+    config_file.write_text(config_file.read_text() + "\nrun:\n  folder: elsewhere\n")
+    with pytest.raises(BadInputError, match=r"'run' is there twice.*line \d+"):
+        load_config(config_file)

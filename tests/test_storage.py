@@ -9,10 +9,12 @@ import boto3
 import pyarrow as pa
 import pytest
 from moto.server import ThreadedMotoServer
+from s3fs import S3FileSystem
 
-from cluster.errors import RunError
+from cluster.errors import BadInputError, RunError
 from cluster.storage import (
     MARKER,
+    check_reachable,
     digest_text,
     discard_folder,
     fetch_folder,
@@ -36,6 +38,7 @@ def target(request, tmp_path):
 @pytest.fixture
 def bucket(monkeypatch):
     """The URL of an empty bucket on an S3 server of this machine."""
+    S3FileSystem.clear_instance_cache()  # which would go to the server of another test
     server = ThreadedMotoServer(port=0)
     server.start()
     host, port = server.get_host_and_port()
@@ -137,3 +140,13 @@ def test_a_bucket_is_listed_anew_each_time(bucket):
 
 def test_home_is_expanded():
     assert str(location("~/store")) == str(Path.home() / "store")
+
+
+def test_a_bucket_without_credentials_is_named_with_its_option(bucket, monkeypatch):
+    check_reachable("run.folder", location(f"{bucket}/run"))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    S3FileSystem.clear_instance_cache()
+    with pytest.raises(BadInputError, match=r"run.folder=s3://bucket/run cannot be read .*credent"):
+        check_reachable("run.folder", location(f"{bucket}/run"))
