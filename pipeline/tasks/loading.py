@@ -29,7 +29,7 @@ def load_prompts(section: sections.Task, split: Split | Literal["all"], seed: in
         return take(chain.from_iterable(made), count, what)
     parts, lost = without_repeats(fill_parts(_load_parts(task, section.data)))
     if repeats := sum(lost[part] for part in splits):
-        say(f"{what}: left out {repeats} prompts that repeat earlier ones")
+        say(f"{what}: left out {repeats} prompts that repeat another part's")
     chosen = list(chain.from_iterable(parts[part] for part in splits))
     if not chosen:
         counts = ", ".join(f"{part} {len(prompts)}" for part, prompts in parts.items())

@@ -56,18 +56,15 @@ def fill_parts(found: Mapping[Split, list[Prompt]]) -> dict[Split, list[Prompt]]
 def without_repeats(
     parts: Mapping[Split, list[Prompt]],
 ) -> tuple[dict[Split, list[Prompt]], dict[Split, int]]:
-    """Each problem once, in the first part that has it, and how many rows each part lost.
+    """The parts without problems that an earlier part has, and how many each of them lost.
 
-    The first is train, then validation, then test.
+    Earlier means train before validation before test.
     """
     seen: set[str] = set()
     kept: dict[Split, list[Prompt]] = {}
     for split in SPLITS:
-        kept[split] = []
-        for prompt in parts[split]:
-            if (key := problem_key(prompt)) not in seen:
-                seen.add(key)
-                kept[split].append(prompt)
+        kept[split] = [prompt for prompt in parts[split] if problem_key(prompt) not in seen]
+        seen |= {problem_key(prompt) for prompt in kept[split]}
     return kept, {split: len(parts[split]) - len(kept[split]) for split in SPLITS}
 
 
