@@ -36,6 +36,7 @@ PAIRS = 11  # 3 batches of 4, the last one partial
 @pytest.fixture(scope="module", autouse=True)
 def ray_cluster():
     ray.init(
+        address="local",  # and not a cluster that happens to run here
         num_cpus=8,
         include_dashboard=False,
         log_to_driver=False,
