@@ -56,7 +56,7 @@ def _twenty_steps(folder: Path) -> list[dict[str, float]]:
             batch = [pairs[index] for index in indices]
             counts = count_batch(batch, score_prompt=False)
             share = micro_batches(batch, TRAINING.micro_batch, workers=1, rank=0)
-            sums = accumulate(
+            totals = accumulate(
                 ResponseLogProbs(model),
                 share,
                 counts,
@@ -69,7 +69,7 @@ def _twenty_steps(folder: Path) -> list[dict[str, float]]:
             torch.nn.utils.clip_grad_norm_(model.parameters(), TRAINING.gradient_clip)
             optimizer.step()
             optimizer.zero_grad()
-            figures = describe_step(sums, counts, TRAINING)
+            figures = describe_step(totals, counts, TRAINING)
             found.append({name: figures[name] for name in ("loss", "nll", "odds_ratio", "margin")})
     return found
 

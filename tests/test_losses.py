@@ -6,11 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training.losses import (
-    cap_rejected_gradient,
+    cap_gradient,
     contrast_figures,
     mean_log_probability,
     odds_ratio_loss,
     odds_ratio_margin,
+    rejected_gradient,
 )
 
 # chosen, rejected -> log-odds difference, logsigmoid of it; computed with 60 digits, rounded.
@@ -95,21 +96,29 @@ def test_bf16_is_widened_before_any_odds_are_formed():
 def test_the_cap_bounds_each_pairs_gradient_whatever_the_loss_is_scaled_by():
     chosen = torch.tensor([-1.0, -1.0, -1.0], dtype=torch.float64)
     rejected = torch.tensor([-1e-9, -1e-3, -1.0], dtype=torch.float64, requires_grad=True)
-    capped, reached = cap_rejected_gradient(chosen, rejected, cap=10.0)
+    gradient = rejected_gradient(chosen, rejected)
+    capped = cap_gradient(rejected, gradient, cap=10.0)
     (odds_ratio_loss(chosen, capped).sum() / 32).backward()
     free = torch.sigmoid(torch.zeros(1, dtype=torch.float64)) / (1 - math.exp(-1))
     expected = torch.tensor([10.0, 10.0, free.item()], dtype=torch.float64) / 32
     torch.testing.assert_close(rejected.grad, expected)
-    assert reached.tolist() == [True, True, False]
+    assert (gradient > 10).tolist() == [True, True, False]
     assert torch.equal(capped, rejected), "the cap must not change the loss"
 
 
+def test_the_gradient_that_is_told_is_the_one_sent_back():
+    chosen = torch.tensor([-0.5, -2.0, -1.0], dtype=torch.float64)
+    rejected = torch.tensor([-1.5, -1e-4, -80.0], dtype=torch.float64, requires_grad=True)
+    odds_ratio_loss(chosen, rejected).sum().backward()
+    torch.testing.assert_close(rejected_gradient(chosen, rejected), rejected.grad)
+
+
 def test_the_cap_is_finite_at_certainty():
-    rejected = torch.zeros(1, requires_grad=True)
-    capped, reached = cap_rejected_gradient(_tensor(-1.0, torch.float32), rejected, cap=5.0)
-    odds_ratio_loss(_tensor(-1.0, torch.float32), capped).backward()
+    chosen, rejected = _tensor(-1.0, torch.float32), torch.zeros(1, requires_grad=True)
+    gradient = rejected_gradient(chosen, rejected)
+    odds_ratio_loss(chosen, cap_gradient(rejected, gradient, cap=5.0)).backward()
     assert rejected.grad.abs().item() <= 5
-    assert reached.tolist() == [True]
+    assert 5 < gradient.item() < math.inf
 
 
 def test_figures_are_detached_and_about_each_pair():

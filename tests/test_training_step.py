@@ -16,7 +16,7 @@ from training.batches import BatchCounts, MicroBatch, TokenPair, count_batch, mi
 from training.engine import TrainingEngine
 from training.finite import FiniteCheck
 from training.schedule import count_steps, learning_rate
-from training.step import SUMS, accumulate, collate_pairs, describe_step
+from training.step import SUMS, Totals, accumulate, collate_pairs, describe_step
 
 ORPO = Training(odds_ratio_weight=0.7)
 
@@ -59,13 +59,14 @@ def _run(model, pairs, training=ORPO, micro_batch=8, workers=1, share_prompts=Tr
         if check:
             check.add(loss, micro)
 
-    sums = torch.zeros(len(SUMS), dtype=torch.float64)
+    sums, largest = torch.zeros(len(SUMS), dtype=torch.float64), torch.zeros(())
     for rank in range(workers):
         share = micro_batches(pairs, micro_batch, workers, rank)
         scorer = ResponseLogProbs(model)
-        sums += accumulate(scorer, share, counts, training, collator, backward)
+        totals = accumulate(scorer, share, counts, training, collator, backward)
+        sums, largest = sums + totals.sums, torch.maximum(largest, totals.largest_gradient)
     gradient = torch.cat([p.grad.flatten().clone() for p in model.parameters()])
-    return describe_step(sums, counts, training), sum(losses), gradient
+    return describe_step(Totals(sums, largest), counts, training), sum(losses), gradient
 
 
 def _textbook(model, pairs, training):
@@ -151,6 +152,8 @@ def test_the_gradient_cap_is_counted_and_the_same_in_every_cut(model):
     assert (gradient - free).abs().max() > 1e-6
     cut, _, cut_gradient = _run(model, _pairs(), training, micro_batch=1)
     assert cut["capped"] == whole["capped"]
+    assert cut["largest_gradient"] == pytest.approx(whole["largest_gradient"])
+    assert whole["largest_gradient"] > 0.5, "the largest before the cap"
     torch.testing.assert_close(cut_gradient, gradient, atol=1e-9, rtol=0)
 
 

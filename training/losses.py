@@ -32,21 +32,21 @@ def odds_ratio_margin(chosen_mean_logp: Tensor, rejected_mean_logp: Tensor) -> T
     return (chosen - rejected) - (_log_one_minus_exp(chosen) - _log_one_minus_exp(rejected))
 
 
-def cap_rejected_gradient(
-    chosen_mean_logp: Tensor, rejected_mean_logp: Tensor, cap: float
-) -> tuple[Tensor, Tensor]:
-    """Bound what `odds_ratio_loss` sends back through a negative that the policy is sure of.
+def rejected_gradient(chosen_mean_logp: Tensor, rejected_mean_logp: Tensor) -> Tensor:
+    """What `odds_ratio_loss` sends back through each negative, detached. [B], [B] -> [B], above 0.
 
-    Without it d loss / d rejected = sigmoid(-margin) / (1 - P_rejected), which grows like
-    1 / |log P|. Returns `rejected_mean_logp` with the same values, through which at most `cap`
-    flows back for each pair, and a bool [B] of the pairs that reached the cap.
+    d loss / d rejected = sigmoid(-margin) / (1 - P_rejected), which grows like 1 / |log P| for a
+    negative that the policy is sure of.
     """
-    rejected = _wide(rejected_mean_logp)
-    with torch.no_grad():
-        margin = odds_ratio_margin(chosen_mean_logp, rejected)
-        gradient = torch.sigmoid(-margin) / -torch.expm1(rejected.clamp(max=_NEAREST_TO_CERTAIN))
-        kept = (cap / gradient).clamp(max=1)
-    return rejected.detach() + kept * (rejected - rejected.detach()), gradient > cap
+    chosen, rejected = _wide(chosen_mean_logp).detach(), _wide(rejected_mean_logp).detach()
+    unlikely = torch.sigmoid(-odds_ratio_margin(chosen, rejected))
+    return unlikely / -torch.expm1(rejected.clamp(max=_NEAREST_TO_CERTAIN))
+
+
+def cap_gradient(values: Tensor, gradient: Tensor, cap: float) -> Tensor:
+    """The same values [B], through which at most `cap` of `gradient` [B] flows back for each."""
+    kept = (cap / gradient).clamp(max=1)
+    return values.detach() + kept * (values - values.detach())
 
 
 def contrast_figures(chosen_mean_logp: Tensor, rejected_mean_logp: Tensor) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """One optimizer step's losses: summed over micro-batches, divided once by global counts."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -10,13 +11,14 @@ from cluster.sections import Training
 from pipeline.logprobs import Row, TokenBatch, collate
 from training.batches import BatchCounts, MicroBatch, TokenPair
 from training.losses import (
-    cap_rejected_gradient,
+    cap_gradient,
     contrast_figures,
     mean_log_probability,
     odds_ratio_loss,
+    rejected_gradient,
 )
 
-# Sums over pairs that a step reports; workers add theirs up.
+# Sums over pairs that a step reports.
 SUMS = (
     "nll",
     "odds_ratio",
@@ -30,6 +32,14 @@ SUMS = (
     "tokens",
     "positions",
 )
+
+
+@dataclass(frozen=True)
+class Totals:
+    """A worker's figures of one step: workers add up the sums and keep the largest gradient."""
+
+    sums: Tensor  # float64, one for each of SUMS
+    largest_gradient: Tensor  # float64, of the odds-ratio loss to a negative's log-probability
 
 
 @dataclass(frozen=True)
@@ -69,7 +79,7 @@ def collate_pairs(
 def pair_losses(
     token_logps: Tensor, batch: PairBatch, counts: BatchCounts, training: Training
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """A micro-batch's part of the global batch's loss (a scalar), and its detached sums.
+    """A micro-batch's part of the global batch's loss (a scalar), and its detached figures.
 
     The loss is NLL / nll_tokens + odds_ratio_weight * contrast / pairs, both counts being those of
     the global batch, so that the parts of all micro-batches and workers add up to its loss. A pair
@@ -79,15 +89,18 @@ def pair_losses(
     nll = -(sums[batch.chosen].sum() + sums[batch.prompts].sum())
     means = mean_log_probability(sums, batch.tokens.counts)
     chosen, rejected = means[batch.chosen], means[batch.rejected]
-    opposite, capped = chosen[batch.contrasted], torch.zeros(0)
+    opposite, cap = chosen[batch.contrasted], training.odds_gradient_cap
     figures = contrast_figures(opposite, rejected)
-    if training.odds_gradient_cap is not None:
-        rejected, capped = cap_rejected_gradient(opposite, rejected, training.odds_gradient_cap)
+    gradient = rejected_gradient(opposite, rejected)
+    if cap is not None:
+        rejected = cap_gradient(rejected, gradient, cap)
     odds_ratio = odds_ratio_loss(opposite, rejected).sum()
     loss = nll / counts.nll_tokens + training.odds_ratio_weight * odds_ratio / counts.pairs
     figures["chosen_logp"] = chosen.detach()
     totals = {name: values.sum() for name, values in figures.items()}
-    totals |= {"nll": nll.detach(), "odds_ratio": odds_ratio.detach(), "capped": capped.sum()}
+    totals |= {"nll": nll.detach(), "odds_ratio": odds_ratio.detach()}
+    totals["capped"] = (gradient > (math.inf if cap is None else cap)).sum()
+    totals["largest_gradient"] = gradient.max() if len(gradient) else gradient.sum()
     return loss, totals
 
 
@@ -98,23 +111,25 @@ def accumulate(
     training: Training,
     collator: Callable[[Sequence[TokenPair]], PairBatch],
     backward: Callable[[Tensor, MicroBatch], None],
-) -> Tensor:
-    """Run forward and backward over a worker's micro-batches. Returns its SUMS, float64 [11].
+) -> Totals:
+    """Run forward and backward over a worker's micro-batches.
 
     `backward` gets each part of the loss and sends it back; gradients add up to those of the
     global batch's loss, over this worker's share.
     """
     device = next(model.parameters()).device
-    totals = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
+    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
+    largest = torch.zeros((), dtype=torch.float64, device=device)
     for micro in micro_batches:
         batch = collator(micro.pairs)
         on_device = PairBatch(**(vars(batch) | {"tokens": batch.tokens.to(device)}))
-        loss, sums = pair_losses(model(on_device.tokens), on_device, counts, training)
+        loss, figures = pair_losses(model(on_device.tokens), on_device, counts, training)
         backward(loss * 0 if micro.filler else loss, micro)
         if not micro.filler:
-            sums |= _sizes(batch, micro)
-            totals += torch.stack([sums[name].to(device, torch.float64) for name in SUMS])
-    return totals.cpu()
+            figures |= _sizes(batch, micro)
+            sums += torch.stack([figures[name].to(device, torch.float64) for name in SUMS])
+            largest = torch.maximum(largest, figures["largest_gradient"])
+    return Totals(sums.cpu(), largest.cpu())
 
 
 def _sizes(batch: PairBatch, micro: MicroBatch) -> dict[str, Tensor]:
@@ -127,9 +142,9 @@ def _sizes(batch: PairBatch, micro: MicroBatch) -> dict[str, Tensor]:
     return {name: torch.tensor(size) for name, size in sizes.items()}
 
 
-def describe_step(sums: Tensor, counts: BatchCounts, training: Training) -> dict[str, float]:
-    """The figures of a step from SUMS that are reduced over all workers."""
-    total = dict(zip(SUMS, sums.tolist(), strict=True))
+def describe_step(totals: Totals, counts: BatchCounts, training: Training) -> dict[str, float]:
+    """The figures of a step from totals that are reduced over all workers."""
+    total = dict(zip(SUMS, totals.sums.tolist(), strict=True))
     contrasted = max(total["contrasted"], 1)
     nll, odds_ratio = total["nll"] / counts.nll_tokens, total["odds_ratio"] / counts.pairs
     return {
@@ -142,6 +157,7 @@ def describe_step(sums: Tensor, counts: BatchCounts, training: Training) -> dict
         "rejected_logp": total["rejected_logp"] / contrasted,
         "padding": 1 - total["tokens"] / total["positions"],
         "without_negative": counts.pairs - total["contrasted"],
+        "largest_gradient": float(totals.largest_gradient),
         "capped": total["capped"],
         "cut": total["cut"],
         "tokens": total["tokens"],

@@ -23,13 +23,20 @@ from pipeline.chat import Chat, load_chat
 from pipeline.logprobs import shares_prompts
 from pipeline.models import resolve_model
 from pipeline.rows import Pair, from_table
-from training.batches import TokenPair, count_batch, global_batches, micro_batches, tokenize_pair
+from training.batches import (
+    BatchCounts,
+    TokenPair,
+    count_batch,
+    global_batches,
+    micro_batches,
+    tokenize_pair,
+)
 from training.checkpoints import gather_weights, write_checkpoint
 from training.engine import TrainingEngine, load_student, use_threads
 from training.finite import FiniteCheck
 from training.optimizer_state import load_state, save_state
 from training.schedule import count_steps, learning_rate
-from training.step import accumulate, collate_pairs, describe_step
+from training.step import Totals, accumulate, collate_pairs, describe_step
 
 
 @dataclass(frozen=True)
@@ -151,13 +158,14 @@ class Worker:
         contrast = training.method == "orpo"
         batch = [tokenize_pair(pair, self.chat, training.max_length, contrast) for pair in pairs]
         counts = count_batch(batch, training.nll_scope == "full")
-        sums = self._forward_backward(batch, counts)
+        totals = self._forward_backward(batch, counts)
         self._stop_if_not_finite(step)
-        dist.all_reduce(sums, group=self.control)
+        dist.all_reduce(totals.sums, group=self.control)
+        dist.all_reduce(totals.largest_gradient, dist.ReduceOp.MAX, group=self.control)
         total = self.steps * training.epochs
         rate = learning_rate(step, total, training.learning_rate, training.warmup_share)
         norm = self.engine.step(rate)
-        figures = describe_step(sums, counts, training)
+        figures = describe_step(totals, counts, training)
         speed = figures.pop("tokens") / (time.monotonic() - started)
         return (
             {"step": step, "steps": total}
@@ -169,7 +177,7 @@ class Worker:
             }
         )
 
-    def _forward_backward(self, batch: list[TokenPair], counts: Any) -> torch.Tensor:
+    def _forward_backward(self, batch: list[TokenPair], counts: BatchCounts) -> Totals:
         training = self.training
         collator = partial(
             collate_pairs,
