@@ -12,7 +12,7 @@ import typer
 
 from cluster.config import RunConfig, load_config
 from cluster.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, BadInputError, RunError
-from cluster.progress import console, hush, say, watched_board
+from cluster.progress import complain, console, hush, say, watched_board
 from cluster.run_folder import RunFolder, check_recipe, open_run
 from cluster.session import ray_session, result_of, starts_own_cluster
 from cluster.storage import cache_folder, location
@@ -239,16 +239,16 @@ def main() -> None:
     try:
         app()
     except BadInputError as error:
-        console().print(f"error: {error}", markup=False, style="red")
+        complain(f"error: {error}")
         sys.exit(EXIT_BAD_INPUT)
     except RunError as error:
-        console().print(f"stopped: {error}", markup=False, style="red")
+        complain(f"stopped: {error}")
         sys.exit(1)
     except SystemExit as stop:
         interrupted = stop.code == _SIGINT_EXIT or (stop.code and interruptions)
         if not interrupted:
             raise
-        say("interrupted: the same command goes on from here")
+        complain("interrupted: the same command goes on from here")
         sys.exit(EXIT_INTERRUPTED)
 
 

@@ -106,7 +106,8 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     raw = _read_yaml(Path(path))
     for override in overrides or []:
         _apply_override(raw, override)
-    return parse_config(raw, source=str(path))
+    changed = f" with {' '.join(overrides)}" if overrides else ""
+    return parse_config(raw, source=f"{path}{changed}")
 
 
 def parse_config(raw: Any, source: str) -> RunConfig:

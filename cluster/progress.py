@@ -33,6 +33,7 @@ _board: Any = None
 
 
 _console = Console(highlight=False, soft_wrap=True)
+_errors = Console(highlight=False, soft_wrap=True, stderr=True)
 
 
 def console() -> Console:
@@ -49,7 +50,8 @@ def hush(log_file: Path) -> None:
     log_file.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
-    _console.file = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    for ours, stream in ((_console, sys.stdout), (_errors, sys.stderr)):
+        ours.file = os.fdopen(os.dup(stream.fileno()), "w", buffering=1)
     log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -63,8 +65,7 @@ def _tell_failure(
     sys.__excepthook__(kind, error, trace)
     cause = getattr(error, "cause", None) or error  # Ray wraps what a remote function raised
     first = str(cause).partition("\n")[0]
-    line = f"failed: {type(cause).__name__}: {first} (traceback: {log_file})"
-    console().print(line, markup=False, style="red")
+    complain(f"failed: {type(cause).__name__}: {first} (traceback: {log_file})")
 
 
 def say(text: str) -> None:
@@ -73,6 +74,11 @@ def say(text: str) -> None:
         _board.say.remote(text)
     else:
         console().print(text, markup=False)
+
+
+def complain(text: str) -> None:
+    """Print one line about what went wrong to the user's standard error."""
+    _errors.print(text, markup=False, style="red")
 
 
 class Bar:

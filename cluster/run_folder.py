@@ -107,9 +107,12 @@ class RunFolder:
         ]
 
     def last_record(self) -> str:
-        """The newest whole line of metrics.jsonl."""
+        """The newest whole line of metrics.jsonl, in words."""
         records = self.records()
-        return json.dumps(records[-1]) if records else "none yet"
+        if not records:
+            return "none yet"
+        shown = {name: _shown(value) for name, value in records[-1].items()}
+        return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in shown.items())
 
     def load_config(self) -> RunConfig:
         """The configuration that this run was started with."""
@@ -118,6 +121,10 @@ class RunFolder:
                 f"no run in {self.root}: expected config.yaml there; give a run's folder"
             )
         return parse_config(yaml.safe_load(self.config_file.read_text()), str(self.config_file))
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _ends_in_half_a_line(path: UPath) -> bool:

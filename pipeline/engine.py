@@ -18,6 +18,7 @@ from cluster.progress import say
 from cluster.sections import Dtype, Engines
 from cluster.session import app_name, start_serve
 from cluster.storage import digest_text
+from cluster.waiting import waiting
 from pipeline.models import resolve_exact
 
 _DEPLOYMENT = "SamplingEngine"
@@ -192,9 +193,10 @@ def _run_app(app: Any, name: str, config: RunConfig, on_gpu: bool) -> Any:
 
     engines = config.engines
     # serve.run has no time limit of its own.
-    waiting = ThreadPoolExecutor(1).submit(serve.run, app, name=name, route_prefix=None)
+    started = ThreadPoolExecutor(1).submit(serve.run, app, name=name, route_prefix=None)
     try:
-        return waiting.result(timeout=engines.start_timeout_s)
+        with waiting("starting sampling engines"):
+            return started.result(timeout=engines.start_timeout_s)
     except (TimeoutError, RuntimeError) as error:
         raise RunError(_diagnosis(name, engines, on_gpu, error)) from None
 

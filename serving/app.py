@@ -11,6 +11,7 @@ from cluster.session import (
     start_serve,
     uses_gpu,
 )
+from cluster.waiting import waiting
 from serving.models import ServedEngine, ServedModel, engines_of, routes_of
 from serving.readiness import wait_until_answering, wait_until_running
 
@@ -36,7 +37,8 @@ class Endpoint:
         Raises RunError with a diagnosis where the engine fails, or takes over start_timeout_s.
         """
         engine = engines_of(list(self.models))[model_id]
-        wait_until_answering(self.app_name, self.url, model_id, engine, self.start_timeout_s)
+        with waiting(f"starting {model_id}"):
+            wait_until_answering(self.app_name, self.url, model_id, engine, self.start_timeout_s)
 
 
 def start_serving(models: list[ServedModel], config: RunConfig, idle_s: float = 300) -> Endpoint:
@@ -56,7 +58,8 @@ def start_serving(models: list[ServedModel], config: RunConfig, idle_s: float = 
         wait_for_ingress_deployment_creation=False,
         wait_for_applications_running=False,
     )
-    wait_until_running(name, engines, config.serving.start_timeout_s)
+    with waiting("starting the endpoint"):
+        wait_until_running(name, engines, config.serving.start_timeout_s)
     url = f"{_address(config)}{prefix.rstrip('/')}/v1"
     return Endpoint(name, url, tuple(models), config.serving.start_timeout_s)
 

@@ -8,6 +8,7 @@ from typing import TextIO
 
 from cluster.config import RunConfig
 from cluster.errors import BadInputError, RunError
+from cluster.waiting import waiting
 from pipeline.rows import Kind
 
 
@@ -33,13 +34,14 @@ def ask(
     client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"))
     pieces = []
     try:
-        stream = client.chat.completions.create(
-            model=model,
-            messages=[{"role": "user", "content": _worded(question, kind)}],
-            max_tokens=max_tokens,
-            temperature=temperature,
-            stream=True,
-        )
+        with waiting(f"waiting for {model}, which starts if it is not loaded", tell=_tell):
+            stream = client.chat.completions.create(
+                model=model,
+                messages=[{"role": "user", "content": _worded(question, kind)}],
+                max_tokens=max_tokens,
+                temperature=temperature,
+                stream=True,
+            )
         for chunk in stream:
             piece = chunk.choices[0].delta.content if chunk.choices else None
             if piece:
@@ -76,6 +78,10 @@ def program() -> str:
     if shutil.which("potstill") == called:
         return "potstill"
     return f"python {called}" if called.endswith(".py") else called
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr)  # the answer alone goes to stdout
 
 
 def _worded(question: str, kind: Kind | None) -> str:

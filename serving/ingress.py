@@ -20,6 +20,7 @@ from ray.llm._internal.serve.core.ingress.middleware import (
 from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
 from starlette.responses import Response, StreamingResponse
 
+from serving.errors import answer_errors_as_openai
 from serving.routes import Route, renamed, stop_ids, stop_strings, with_few_shot
 
 _ENDPOINTS = {
@@ -82,5 +83,6 @@ def ingress_class() -> type:
     """
     app = FastAPI(title="Potstill")
     add_exception_handling_middleware(app)
+    answer_errors_as_openai(app)
     app.add_middleware(SetRequestIdMiddleware)
     return make_fastapi_ingress(Ingress, endpoint_map=_ENDPOINTS, app=app)

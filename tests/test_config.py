@@ -42,6 +42,11 @@ def test_the_papers_values_are_the_defaults(config_file):
     assert config.pairs.negatives == "wrong"
 
 
+def test_a_mistake_in_an_option_is_not_blamed_on_the_file_alone(config_file):
+    with pytest.raises(BadInputError, match=r"recipe\.yaml with pairs\.phi=2: pairs\.phi=2"):
+        load_config(config_file, ["pairs.phi=2"])
+
+
 def test_overrides_are_read_as_yaml(config_file):
     config = load_config(config_file, ["training.learning_rate=2e-5", "pairs.phi=1", "run.seed=3"])
     assert (config.training.learning_rate, config.pairs.phi, config.run.seed) == (2e-5, 1.0, 3)

@@ -56,7 +56,7 @@ def test_an_error_that_nobody_catches_is_one_line_for_the_user(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stdout == f"failed: ValueError: a (traceback: {log})\n"
+    assert (done.stdout, done.stderr) == ("", f"failed: ValueError: a (traceback: {log})\n")
     assert "Traceback (most recent call last)" in log.read_text()
 
 

@@ -51,8 +51,8 @@ def refused(recipe, monkeypatch, capsys, *overrides):
     assert stop.value.code == 2
     assert files_of(recipe) == before
     out, err = capsys.readouterr()
-    assert (out.count("\n"), err) == (1, ""), "expected one line"
-    return out
+    assert (out, err.count("\n")) == ("", 1), "expected one line"
+    return err
 
 
 LONG = "How many are there now, " * 40

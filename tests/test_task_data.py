@@ -95,6 +95,16 @@ def test_a_single_file_is_carved_by_the_problems_and_nothing_is_lost(tmp_path):
     assert all(load(shuffled, split) == parts[split] for split in SPLITS)
 
 
+def test_too_many_prompts_asked_of_a_carved_file_say_what_was_set_aside(tmp_path):
+    file = write(tmp_path / "a.jsonl", gsm8k_rows(20))
+    left = len(load(file, "train"))
+    with pytest.raises(BadInputError) as refused:
+        load(file, train_prompts=20)
+    assert f"(train), without those set aside as validation and test, which has {left}" in str(
+        refused.value
+    )
+
+
 def test_a_problem_stays_in_its_part_when_rows_are_added(tmp_path):
     before = write(tmp_path / "a.jsonl", gsm8k_rows(100))
     after = write(tmp_path / "b.jsonl", gsm8k_rows(300))

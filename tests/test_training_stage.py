@@ -5,6 +5,7 @@ import signal
 from types import SimpleNamespace
 
 import pytest
+from ray.exceptions import RayActorError
 from ray.train import ControllerError, FailureConfig
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
@@ -126,6 +127,21 @@ def test_worker_0_is_believed_first():
     failures = {1: RunError("waited"), 0: RunError("the reason")}
     with pytest.raises(RunError, match="the reason"):
         _run(trainer(raises(WorkerGroupError("", failures))))
+
+
+def test_ray_s_pages_become_one_line_for_the_user_and_the_log_has_them(capsys):
+    told = "a worker failed\n  File x, line 3\nValueError: shapes differ"
+    with pytest.raises(RunError) as stopped:
+        _run(trainer(raises(WorkerGroupError(told, {0: ValueError("shapes differ")}))))
+    assert "\n" not in str(stopped.value)
+    assert str(stopped.value).endswith("shapes differ")
+    assert "File x, line 3" in capsys.readouterr().err
+
+
+def test_a_worker_that_ray_ended_for_its_memory_gets_advice():
+    killed = RayActorError(error_msg="1 Workers (tasks / actors) killed due to memory pressure")
+    with pytest.raises(RunError, match=r"ran out of memory.*training\.micro_batch"):
+        _run(trainer(raises(WorkerGroupError("died", {0: killed}))))
 
 
 def test_ctrl_c_in_training_is_an_interruption_and_so_it_is_after_it():

@@ -1,8 +1,10 @@
 """The training stage: one Ray Train run over all epochs that are left."""
 
 import os
+import re
 import signal
 import tempfile
+import traceback
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from cluster.run_folder import RunFolder
 
 # Ray Train gives up on its workers after a minute; a node that an autoscaler adds takes longer.
 _WORKER_START_TIMEOUT_S = "900"
+_OUT_OF_MEMORY = re.compile("memory pressure|low on memory|OutOfMemory|out of memory")
 _LOST_NODES = 3  # announced losses of nodes after which training starts again by itself
 
 
@@ -103,7 +106,21 @@ def _run(trainer: Any) -> None:
             for cause in (failure, failure.__cause__):
                 if isinstance(cause, BadInputError | RunError):
                     raise cause from None
-        raise RunError(f"training failed: {error}") from error
+        raise RunError(_in_short(error)) from error
+
+
+def _in_short(error: Exception) -> str:
+    """One line on what Ray tells in pages; the pages go to the log."""
+    traceback.print_exception(error)
+    told = "\n".join(map(str, [error, *getattr(error, "worker_failures", {}).values()]))
+    if _OUT_OF_MEMORY.search(told):
+        return (
+            "training failed: a node ran out of memory, and a worker on it was ended. Run again "
+            "with a lower training.micro_batch, with training.gradient_checkpointing=true, or with "
+            "engines.between_epochs=release, which goes on after the last epoch"
+        )
+    lines = [line.strip() for line in told.splitlines() if line.strip()]
+    return f"training failed: {' ... '.join(dict.fromkeys([lines[0], lines[-1]]))}"
 
 
 def _diagnosis(scaling: Any, error: Any) -> str:

@@ -27,7 +27,8 @@ def load_prompts(section: sections.Task, split: Split | Literal["all"], seed: in
     if task.generate is not None and section.data is None:
         made = [task.generate(section, part, seed) for part in splits]
         return take(chain.from_iterable(made), count, what)
-    parts, lost = without_repeats(fill_parts(_load_parts(task, section.data)))
+    found = _load_parts(task, section.data)
+    parts, lost = without_repeats(fill_parts(found))
     if repeats := sum(lost[part] for part in splits):
         say(f"{what}: left out {repeats} prompts that repeat another part's")
     chosen = list(chain.from_iterable(parts[part] for part in splits))
@@ -37,6 +38,8 @@ def load_prompts(section: sections.Task, split: Split | Literal["all"], seed: in
             f"{what} has no prompts, got {counts}: add a file of that split, or a train part of "
             "three problems or more, from which the others are carved"
         )
+    if split == "train" and (carved := [part for part in SPLITS if part not in found]):
+        what += f", without those set aside as {' and '.join(carved)}"
     return first_prompts(chosen, count, seed, what)
 
 
