@@ -1,6 +1,9 @@
 """Tiny models for every test: random weights, a tokenizer of a few hundred tokens, a template."""
 
 import os
+import socket
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 
@@ -19,6 +22,24 @@ _TEMPLATE = (
     "{% for message in messages %}<|start|>{{ message.role }}\n{{ message.content }}<|end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
+
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    """Gives ports that nothing listens on.
+
+    They are below those that a system hands out to whoever asks for any, as Ray's many processes
+    do: of those, one that is free now may be taken by the time that it is wanted.
+    """
+
+    def find() -> int:
+        for port in iter(lambda: Random().randrange(20_000, 32_000), None):
+            with socket.socket() as probe, suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                return port
+        raise AssertionError
+
+    return find
 
 
 @pytest.fixture(scope="session")

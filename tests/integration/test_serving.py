@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 import urllib.request
 
 import pytest
@@ -25,13 +24,8 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 SHOT = {"question": "Tom has 3 pens and buys 5 more. How many?", "answer": "It is \\boxed{8}."}
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
-def config(guesser, tmp_path_factory):
+def config(guesser, free_port, tmp_path_factory):
     root = tmp_path_factory.mktemp("serving")
     raw = {
         "run": {"folder": str(root / "run"), "store": str(root / "store")},
