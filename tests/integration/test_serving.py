@@ -154,8 +154,16 @@ def test_teacher_is_shown_its_worked_example(client, guesser):
 def test_unknown_model_is_not_found(client):
     import openai
 
-    with pytest.raises(openai.NotFoundError):
+    with pytest.raises(openai.NotFoundError) as refused:
         complete(client, "student-epoch-9")
+    assert "student-epoch-9" in refused.value.body["message"]
+
+
+def test_a_body_without_its_type_is_the_callers_mistake(endpoint):
+    import httpx
+
+    answer = httpx.post(f"{endpoint.url}/chat/completions", content=b'{"model": "base"}')
+    assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
 
 
 def test_too_long_a_prompt_is_a_bad_request(client):
