@@ -32,26 +32,27 @@ Config = Annotated[Path, typer.Argument(help="A recipe, such as configs/quicksta
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Options to change: section.key=value ...")
 ]
+Arm = Annotated[str | None, typer.Option(help="An arm of the papers, such as mixed_policy_orpo.")]
 RunPath = Annotated[str, typer.Argument(help="The folder or URL of a run.")]
 
 
 @app.command()
-def plan(config: Config, overrides: Overrides = None) -> None:
+def plan(config: Config, overrides: Overrides = None, arm: Arm = None) -> None:
     """Print what a run would do and cost, and all it would refuse. Starts no model."""
     from pipeline.plan import describe_plan, plan_run
 
-    described = plan_run(load_config(config, overrides))
+    described = plan_run(load_config(config, overrides, arm))
     console().print(describe_plan(described, with_prompts=True))
     if described.refusals:
         raise BadInputError("; ".join(described.refusals))
 
 
 @app.command()
-def run(config: Config, overrides: Overrides = None) -> None:
+def run(config: Config, overrides: Overrides = None, arm: Arm = None) -> None:
     """Sample, pair, train, resample, serve and evaluate; goes on where an earlier try stopped."""
     from evals.stage import evaluate
 
-    folder, settings = _start(config, overrides)
+    folder, settings = _start(config, overrides, arm)
     with _data_plane(folder, settings) as (resampler, board):
         _train(folder, settings, resampler, board)
         evaluate(folder, settings)
@@ -59,25 +60,25 @@ def run(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def sample(config: Config, overrides: Overrides = None) -> None:
+def sample(config: Config, overrides: Overrides = None, arm: Arm = None) -> None:
     """Only sample and grade, and draw the pairs of the first epoch."""
-    folder, settings = _start(config, overrides)
+    folder, settings = _start(config, overrides, arm)
     with _data_plane(folder, settings) as (resampler, _):
         result_of(resampler.prepare_epoch.remote(1))
     say(f"traces: {folder.root / 'completions'}, pairs: {folder.pairs(1)}")
 
 
 @app.command()
-def train(config: Config, overrides: Overrides = None) -> None:
+def train(config: Config, overrides: Overrides = None, arm: Arm = None) -> None:
     """Sample, pair, train and resample, without the evaluation."""
-    folder, settings = _start(config, overrides)
+    folder, settings = _start(config, overrides, arm)
     with _data_plane(folder, settings) as (resampler, board):
         _train(folder, settings, resampler, board)
     say(f"students: {folder.root / 'checkpoints'}")
 
 
-def _start(path: Path, overrides: list[str] | None) -> tuple[RunFolder, RunConfig]:
-    config = load_config(path, overrides)
+def _start(path: Path, overrides: list[str] | None, arm: str | None) -> tuple[RunFolder, RunConfig]:
+    config = load_config(path, overrides, arm)
     _preflight(config)
     goes_on = check_recipe(config).config_file.exists()
     folder = open_run(config)
@@ -115,6 +116,8 @@ def _data_plane(folder: RunFolder, config: RunConfig) -> Iterator[tuple[Any, Any
 def _train(folder: RunFolder, config: RunConfig, resampler: Any, board: Any) -> None:
     from training.stage import train as train_student
 
+    if config.training.epochs == 0:
+        return
     result_of(resampler.prepare_epoch.remote(1))
     train_student(folder, config, resampler, board)
     result_of(resampler.release.remote())
@@ -129,7 +132,8 @@ def _finish(folder: RunFolder, config: RunConfig) -> None:
     console().print(results_table(folder, config))
     say(f"report: {folder.root / 'report.html'}")
     say(f"serve:  {program()} serve {config.run.folder}")
-    say(f"ask:    {example_question(config)}")
+    asked = "student" if config.training.epochs else "base"
+    say(f"ask:    {example_question(config, asked)}")
 
 
 @app.command()

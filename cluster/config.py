@@ -7,6 +7,7 @@ import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
 from cluster import sections
+from cluster.arms import options_of
 from cluster.errors import BadInputError
 from cluster.sections import EXECUTION, Section
 
@@ -46,16 +47,17 @@ class RunConfig(Section):
         return sampling + training.workers * training.cpus_per_worker
 
 
+Rule = tuple[bool, str]  # whether it is broken, and what to say then
+
+
 def _impossible_combinations(config: RunConfig) -> list[str]:
-    training, engines, sampling = config.training, config.engines, config.sampling
-    gpus = config.serving.gpus_per_model
-    per_step = training.micro_batch * training.workers
-    rules = [
-        (
-            training.global_batch % per_step != 0,
-            f"training.global_batch={training.global_batch} is not a multiple of micro_batch x "
-            f"workers = {per_step}: change one of the three",
-        ),
+    rules = [*_context_rules(config), *_training_rules(config), *_pair_rules(config)]
+    return [message for broken, message in rules if broken]
+
+
+def _context_rules(config: RunConfig) -> list[Rule]:
+    engines, sampling, serving = config.engines, config.sampling, config.serving
+    return [
         (
             engines.min_engines > engines.max_engines,
             f"engines.min_engines={engines.min_engines} is more than max_engines="
@@ -67,10 +69,26 @@ def _impossible_combinations(config: RunConfig) -> list[str]:
             f"engines.max_model_len={engines.max_model_len}: raise the context or lower the tokens",
         ),
         (
-            config.evaluation_tokens >= config.serving.max_model_len,
+            config.evaluation_tokens >= serving.max_model_len,
             f"evaluation.max_new_tokens={config.evaluation_tokens} leaves no room for a prompt in "
-            f"serving.max_model_len={config.serving.max_model_len}: raise the context or lower the "
-            "tokens",
+            f"serving.max_model_len={serving.max_model_len}: raise the context or lower the tokens",
+        ),
+        (
+            serving.gpus_per_model > 1 and not serving.gpus_per_model.is_integer(),
+            f"serving.gpus_per_model={serving.gpus_per_model:g}: a model lies on a share of one "
+            "GPU or on several whole ones, so set a share below 1 or a whole number",
+        ),
+    ]
+
+
+def _training_rules(config: RunConfig) -> list[Rule]:
+    training = config.training
+    per_step = training.micro_batch * training.workers
+    return [
+        (
+            training.global_batch % per_step != 0,
+            f"training.global_batch={training.global_batch} is not a multiple of micro_batch x "
+            f"workers = {per_step}: change one of the three",
         ),
         (
             training.offload == "parameters" and training.zero_stage != 3,
@@ -82,32 +100,47 @@ def _impossible_combinations(config: RunConfig) -> list[str]:
             'training.offload="optimizer" needs zero_stage 1 to 3, got 0: raise zero_stage, or set '
             'offload to "none"',
         ),
+    ]
+
+
+def _pair_rules(config: RunConfig) -> list[Rule]:
+    pairs, epochs, task = config.pairs, config.training.epochs, config.task
+    phis = pairs.phi_schedule or (pairs.phi,) * epochs
+    return [
         (
-            gpus > 1 and not gpus.is_integer(),
-            f"serving.gpus_per_model={gpus:g}: a model lies on a share of one GPU or on several "
-            "whole ones, so set a share below 1 or a whole number",
+            len(phis) != epochs,
+            f"pairs.phi_schedule has {len(phis)} values for training.epochs={epochs}: give one an "
+            "epoch",
         ),
         (
-            config.task.largest_operand is not None
-            and (config.task.name != "word_problems" or config.task.data is not None),
+            pairs.negatives_from == "teacher" and any(phis[1:]),
+            f"pairs.negatives_from=teacher, whose negatives never change, with phi={phis}: set "
+            "pairs.phi to 0",
+        ),
+        (
+            task.largest_operand is not None
+            and (task.name != "word_problems" or task.data is not None),
             "task.largest_operand is for the problems that word_problems makes itself, got "
-            f"task.name={config.task.name!r} and task.data={config.task.data!r}: remove it",
+            f"task.name={task.name!r} and task.data={task.data!r}: remove it",
         ),
     ]
-    return [message for broken, message in rules if broken]
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """Read `path` and apply overrides such as "training.epochs=2".
+def load_config(
+    path: str | Path, overrides: list[str] | None = None, arm: str | None = None
+) -> RunConfig:
+    """Read `path`, and apply an arm's options and then overrides such as "training.epochs=2".
 
     Raises BadInputError for a missing file, broken YAML, unknown keys, wrong types and
     combinations that cannot work.
     """
     raw = _read_yaml(Path(path))
+    for key, value in (options_of(arm) if arm else {}).items():
+        _set_option(raw, key, value, f"arm {arm!r}")
     for override in overrides or []:
         _apply_override(raw, override)
-    changed = f" with {' '.join(overrides)}" if overrides else ""
-    return parse_config(raw, source=f"{path}{changed}")
+    changes = [f"--arm {arm}"] * bool(arm) + (overrides or [])
+    return parse_config(raw, source=" ".join([str(path), *["with"] * bool(changes), *changes]))
 
 
 def parse_config(raw: Any, source: str) -> RunConfig:
@@ -148,20 +181,25 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    *parents, last = key.split(".")
-    if not equals or not parents:
+    if not equals or "." not in key:
         raise BadInputError(
             f"override {override!r} is not of the form section.key=value, such as training.epochs=2"
         )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BadInputError(f"override {override!r} has no YAML value: {error}") from None
+    _set_option(raw, key, value, f"override {override!r}")
+
+
+def _set_option(raw: dict[str, Any], key: str, value: Any, source: str) -> None:
+    *parents, last = key.split(".")
     target = raw
     for parent in parents:
         target = target.setdefault(parent, {})
         if not isinstance(target, dict):
-            raise BadInputError(f"override {override!r}: {parent} is not a section")
-    try:
-        target[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise BadInputError(f"override {override!r} has no YAML value: {error}") from None
+            raise BadInputError(f"{source}: {parent} is not a section")
+    target[last] = value
 
 
 def _describe(error: ValidationError) -> str:

@@ -150,11 +150,22 @@ class Pairs(Section):
     """How positives are paired with negatives: the mixed policy."""
 
     phi: Share = 0.5
-    """The chance that a negative comes from the latest student and not from the base student."""
+    """The chance that a negative comes from a later student and not from the base student."""
+    phi_schedule: tuple[Share, ...] | None = None
+    """A phi for each epoch, in the place of the one for all; the first epoch's changes nothing."""
     negatives: Literal["wrong", "wrong_or_unparsed"] = "wrong"
-    """Which student traces may be negatives; an unparsed one teaches format, not reasoning."""
+    """Which traces may be negatives; an unparsed one teaches format, not reasoning."""
+    negatives_from: Literal["student", "teacher"] = "student"
+    """Whose wrong traces are the negatives; the teacher's need phi 0, as they never change."""
+    draw: Literal["uniform", "similar", "recent"] = "uniform"
+    """Which of a prompt's negatives is taken: any of the latest student's, the one most like the
+    positive (ROUGE-L), or any of all students' since the first epoch, younger ones more often."""
     positives_per_prompt: PositiveInt | None = None
     """Teacher traces of a prompt to train on; null takes all K, 1 is single-CoT."""
+
+    def phi_in(self, epoch: int) -> float:
+        """phi of an epoch 1, 2, ..."""
+        return self.phi_schedule[epoch - 1] if self.phi_schedule else self.phi
 
 
 class Lora(Section):
@@ -179,8 +190,9 @@ class Training(Section):
     """Cap on the gradient that one negative's odds may send back; null leaves it free."""
     nll_scope: Literal["response", "full"] = "response"
     """Tokens whose NLL is learned: the response alone, or the prompt as well."""
-    epochs: PositiveInt = 5
-    """Passes over the pairs; negatives are drawn anew before each."""
+    epochs: NonNegativeInt = 5
+    """Passes over the pairs, negatives drawn anew before each; 0 only evaluates the base student
+    and the teacher."""
     learning_rate: PositiveFloat = 5e-6
     """Peak learning rate of AdamW."""
     warmup_share: Share = 0.05

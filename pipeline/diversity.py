@@ -17,11 +17,7 @@ def keep_diverse(texts: Sequence[str], max_rouge_l: float = 0.8) -> list[int]:
 
     With `max_rouge_l` 1 everything is kept.
     """
-    vocabulary: dict[str, int] = {}
-    tokens = [
-        [vocabulary.setdefault(token, len(vocabulary)) for token in tokenize(text, None)]
-        for text in texts
-    ]
+    tokens = _numbered(texts)
     kept: list[int] = []
     for index, text in enumerate(texts):
         alike = (
@@ -32,6 +28,20 @@ def keep_diverse(texts: Sequence[str], max_rouge_l: float = 0.8) -> list[int]:
         if not any(alike):
             kept.append(index)
     return kept
+
+
+def similarity(target: str, prediction: str) -> float:
+    """ROUGE-L F1 of two texts, in [0, 1]."""
+    return rouge_l(*_numbered([target, prediction]))
+
+
+def _numbered(texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of each text, as numbers that stand for them in all."""
+    vocabulary: dict[str, int] = {}
+    return [
+        [vocabulary.setdefault(token, len(vocabulary)) for token in tokenize(text, None)]
+        for text in texts
+    ]
 
 
 def rouge_l(target: Sequence[int], prediction: Sequence[int]) -> float:

@@ -1,6 +1,7 @@
 """Samples become graded traces, and of these the usable and diverse ones are kept."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import groupby
 
 from pipeline.answers import extract_answer, grade
@@ -41,24 +42,31 @@ def _grade_prompt(
     usable: frozenset[Verdict],
     max_rouge_l: float,
 ) -> list[Trace]:
-    verdicts = [grade(sample.text, prompt.kind, prompt.gold, prompt.choices) for sample in samples]
-    candidates = [
-        position
-        for position, sample in enumerate(samples)
-        if sample.error is None and verdicts[position] in usable
-    ]
-    diverse = keep_diverse([samples[position].text for position in candidates], max_rouge_l)
-    kept = {candidates[index] for index in diverse}
-    return [
+    traces = [
         Trace(
             **vars(sample),
             epoch=epoch,
             answer=extract_answer(sample.text, prompt.kind, prompt.choices),
-            verdict=verdicts[position],
-            kept=position in kept,
+            verdict=grade(sample.text, prompt.kind, prompt.gold, prompt.choices),
+            kept=False,
         )
-        for position, sample in enumerate(samples)
+        for sample in samples
     ]
+    return keep_anew(traces, usable, max_rouge_l)
+
+
+def keep_anew(
+    traces: Iterable[Trace], usable: frozenset[Verdict], max_rouge_l: float
+) -> list[Trace]:
+    """The same traces in the same order, `kept` as if only those verdicts were usable."""
+    kept_anew = []
+    for _, group in groupby(traces, key=lambda trace: trace.prompt_id):
+        of_prompt = list(group)
+        candidates = [trace for trace in of_prompt if not trace.error and trace.verdict in usable]
+        diverse = keep_diverse([trace.text for trace in candidates], max_rouge_l)
+        kept = {candidates[index].key for index in diverse}
+        kept_anew += [replace(trace, kept=trace.key in kept) for trace in of_prompt]
+    return kept_anew
 
 
 def describe_traces(traces: Sequence[Trace]) -> dict[str, float]:

@@ -3,23 +3,32 @@
 ORPO-Distill (arXiv:2509.25100), section on mixed-policy updates.
 """
 
+from bisect import bisect
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from random import Random
+from typing import Literal
 
+from pipeline.diversity import similarity
 from pipeline.rows import Pair, Trace
 
 Pool = Mapping[str, Sequence[Trace]]
+Manner = Literal["uniform", "similar", "recent"]
+_FADING = 0.5  # what a trace weighs in "recent", beside one of a student that is an epoch younger
 
 
 @dataclass(frozen=True)
 class Pools:
-    """Kept traces by prompt id: positives P, the base student's N_0, the latest student's N_e."""
+    """Kept traces by prompt id: positives P, negatives N_0, and those of later students.
+
+    `later` holds the latest student's N_e first, then those of earlier ones where they are drawn.
+    """
 
     positives: Pool
     base: Pool
-    latest: Pool
+    later: Sequence[Pool] = ()
 
 
 def pool(traces: Iterable[Trace]) -> dict[str, list[Trace]]:
@@ -43,36 +52,57 @@ def draw_pairs(
     phi: float,
     seed: int,
     positives_per_prompt: int | None = None,
+    manner: Manner = "uniform",
 ) -> list[Pair]:
-    """Pair every kept positive with a uniformly drawn negative of its prompt, or with none.
+    """Pair every kept positive with a drawn negative of its prompt, or with none.
 
-    From the second epoch on each negative comes from the latest pool with probability `phi`, else
-    from the base pool. An empty latest pool falls back to the base pool where phi < 1, flagged;
-    any other empty pool leaves the pair without a negative. `messages` are the prompts' texts by
-    id; prompts without a positive are left out. The draws depend on seed, epoch and prompt alone.
+    From the second epoch on each negative comes from a later student with probability `phi`, else
+    from the base pool. An empty later pool falls back to the base pool where phi < 1, flagged; any
+    other empty pool leaves the pair without a negative. `manner` says how a pool is drawn from:
+    "uniform", the most "similar" to the positive (ROUGE-L), or all later students' traces with more
+    weight on "recent" ones. `messages` are the prompts' texts by id; prompts without a positive are
+    left out. The draws depend on seed, epoch and prompt alone.
     """
     pairs = []
     for prompt_id in sorted(messages.keys() & pools.positives.keys()):
         random = Random(f"{seed}/{epoch}/{prompt_id}")
         for positive in list(pools.positives[prompt_id])[:positives_per_prompt]:
-            negative, fallback = _draw(pools, prompt_id, epoch, phi, random)
+            # Both numbers are always drawn, so that the first epoch is the same for every phi.
+            coin, place = random.random(), random.random()
+            from_later = draws_from_latest(epoch, phi) and coin < phi
+            base = _equal(pools.base.get(prompt_id, ()))
+            candidates = _later(pools, prompt_id, manner) if from_later else base
+            fallback = from_later and not candidates and phi < 1 and bool(base)
+            negative = _choose(base if fallback else candidates, positive, place, manner)
             pairs.append(_pair(messages[prompt_id], positive, negative, fallback))
     return pairs
 
 
-def _draw(
-    pools: Pools, prompt_id: str, epoch: int, phi: float, random: Random
-) -> tuple[Trace | None, bool]:
-    # Both numbers are always drawn, so that the first epoch is the same for every phi.
-    coin, place = random.random(), random.random()
-    from_latest = draws_from_latest(epoch, phi) and coin < phi
-    candidates = (pools.latest if from_latest else pools.base).get(prompt_id, ())
-    fallback = from_latest and not candidates and phi < 1
-    if fallback:
-        candidates = pools.base.get(prompt_id, ())
+Weighted = list[tuple[Trace, float]]
+
+
+def _equal(traces: Iterable[Trace]) -> Weighted:
+    return [(trace, 1.0) for trace in traces]
+
+
+def _later(pools: Pools, prompt_id: str, manner: Manner) -> Weighted:
+    return [
+        (trace, _FADING**age)
+        for age, traces in enumerate(pools.later if manner == "recent" else pools.later[:1])
+        for trace in traces.get(prompt_id, ())
+    ]
+
+
+def _choose(candidates: Weighted, positive: Trace, place: float, manner: Manner) -> Trace | None:
+    """The most similar of `candidates`, or the one at `place` (0 to 1) along their weights."""
     if not candidates:
-        return None, False
-    return candidates[int(place * len(candidates))], fallback
+        return None
+    if manner == "similar":
+        return max(
+            (trace for trace, _ in candidates), key=lambda t: similarity(positive.text, t.text)
+        )
+    ends = list(accumulate(weight for _, weight in candidates))
+    return candidates[bisect(ends, place * ends[-1], hi=len(ends) - 1)][0]
 
 
 def _pair(message: str, positive: Trace, negative: Trace | None, fallback: bool) -> Pair:

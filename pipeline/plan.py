@@ -186,12 +186,15 @@ def _plan_work(
     plan: Plan, config: RunConfig, prompts: int, teacher: _Probe, student: _Probe
 ) -> None:
     training, samples = config.training, config.sampling.samples
+    if training.epochs == 0:
+        plan.rows.append(("training", "none: only base and teacher are evaluated"))
+        return
     contrasts = training.method == "orpo"
     refreshes = sum(
-        contrasts and draws_from_latest(epoch, config.pairs.phi)
+        contrasts and draws_from_latest(epoch, config.pairs.phi_in(epoch))
         for epoch in range(1, training.epochs + 1)
     )
-    students = int(contrasts) + refreshes
+    students = int(contrasts and config.pairs.negatives_from == "student") + refreshes
     traces = prompts * samples
     per_prompt = min(samples, config.pairs.positives_per_prompt or samples)
     pairs = ceil(prompts * per_prompt * _ASSUMED_RIGHT)

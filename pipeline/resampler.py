@@ -15,7 +15,7 @@ from cluster.sections import Model
 from cluster.session import uses_gpu
 from cluster.storage import is_published, publish_folder, staging_folder, write_table
 from pipeline.engine import release_engines
-from pipeline.grading import NEGATIVES, POSITIVE, describe_traces, grade_samples
+from pipeline.grading import NEGATIVES, POSITIVE, describe_traces, grade_samples, keep_anew
 from pipeline.pairs import Pools, count_pairs, draw_pairs, draws_from_latest, pool
 from pipeline.rows import Pair, Prompt, Trace, from_table, to_table
 from pipeline.sampling import Writer, make_writer, plan_requests, sample
@@ -70,15 +70,18 @@ class MixedPolicyResampler:
                 "is nothing to learn: look at completions/teacher.parquet; a stronger teacher, "
                 "worked examples (teacher.few_shot) or easier prompts help"
             )
-        phi = self._config.pairs.phi
+        wanted = self._config.pairs
+        phi = wanted.phi_in(epoch)
         contrasts = self._config.training.method == "orpo"
-        latest = contrasts and draws_from_latest(epoch, phi)
-        # phi = 1 asks for the latest student alone, so N_0 is not touched after the first epoch.
-        base = contrasts and not (latest and phi == 1)
+        later = contrasts and draws_from_latest(epoch, phi)
+        # phi = 1 asks for later students alone, so N_0 is not touched after the first epoch.
+        base = contrasts and not (later and phi == 1)
         pools = Pools(
             positives=positives,
-            base=pool(self.traces(student_name(0))) if base else {},
-            latest=pool(self.traces(student_name(epoch - 1))) if latest else {},
+            base=pool(self._base_negatives()) if base else {},
+            later=[pool(self.traces(name)) for name in self._later_students(epoch)]
+            if later
+            else [],
         )
         messages = {prompt.prompt_id: user_message(prompt) for prompt in self._prompts}
         return draw_pairs(
@@ -87,8 +90,20 @@ class MixedPolicyResampler:
             epoch,
             phi,
             self._config.run.seed,
-            self._config.pairs.positives_per_prompt,
+            wanted.positives_per_prompt,
+            wanted.draw,
         )
+
+    def _base_negatives(self) -> list[Trace]:
+        if self._config.pairs.negatives_from == "student":
+            return self.traces(student_name(0))
+        usable = NEGATIVES[self._config.pairs.negatives]
+        return keep_anew(self.traces("teacher"), usable, self._config.sampling.max_rouge_l)
+
+    def _later_students(self, epoch: int) -> list[str]:
+        """Whose negatives the pairs of `epoch` may hold beside N_0's, the latest student first."""
+        oldest = 1 if self._config.pairs.draw == "recent" else epoch - 1
+        return [student_name(earlier) for earlier in range(epoch - 1, oldest - 1, -1)]
 
     def traces(self, name: str) -> list[Trace]:
         """The graded traces of "teacher" or "student_NNN", sampled now if the run has none.

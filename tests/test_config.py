@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cluster.arms import arms
 from cluster.config import load_config, recipe_of
 from cluster.errors import BadInputError
 
@@ -42,6 +43,29 @@ def test_the_papers_values_are_the_defaults(config_file):
     assert config.pairs.negatives == "wrong"
 
 
+@pytest.mark.parametrize("arm", arms())
+def test_every_arm_is_valid_over_every_recipe(arm):
+    for path in RECIPES:
+        load_config(path, arm=arm)
+
+
+def test_an_arm_is_its_options_and_yields_to_overrides(config_file):
+    config = load_config(config_file, ["pairs.phi=0.25"], "single_cot_sft")
+    assert (config.training.method, config.pairs.positives_per_prompt) == ("sft", 1)
+    assert config.pairs.phi == 0.25
+
+
+def test_an_unknown_arm_is_refused_with_those_there_are(config_file):
+    with pytest.raises(BadInputError, match=r"'best' is not known: .*mixed_policy_orpo"):
+        load_config(config_file, arm="best")
+
+
+def test_a_schedule_of_phi_is_one_for_each_epoch(config_file):
+    config = load_config(config_file, ["training.epochs=3", "pairs.phi_schedule=[0,0.5,1]"])
+    assert [config.pairs.phi_in(epoch) for epoch in (1, 2, 3)] == [0, 0.5, 1]
+    assert load_config(config_file).pairs.phi_in(4) == 0.5
+
+
 def test_a_mistake_in_an_option_is_not_blamed_on_the_file_alone(config_file):
     with pytest.raises(BadInputError, match=r"recipe\.yaml with pairs\.phi=2: pairs\.phi=2"):
         load_config(config_file, ["pairs.phi=2"])
@@ -58,7 +82,9 @@ def test_overrides_are_read_as_yaml(config_file):
         ("training.epoch=2", "training.epoch is not an option: options here are method"),
         ("trainer.epochs=2", "trainer is not an option"),
         ("training.epochs=two", "training.epochs='two'"),
-        ("training.epochs=0", "greater than 0"),
+        ("training.epochs=-1", "greater than or equal to 0"),
+        ("pairs.phi_schedule=[0,1]", "has 2 values for training.epochs=5"),
+        ("pairs.negatives_from=teacher", "whose negatives never change"),
         ("pairs.phi=1.5", "less than or equal to 1"),
         ("pairs.negatives=bad", "'wrong' or 'wrong_or_unparsed'"),
         ("training.epochs", "is not of the form section.key=value"),

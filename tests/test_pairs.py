@@ -34,7 +34,7 @@ def traces(epoch: int, verdict: str = "wrong", prompts=PROMPTS) -> dict[str, lis
 
 
 def pools(**given) -> Pools:
-    everything = {"positives": traces(0, "right"), "base": traces(0), "latest": traces(3)}
+    everything = {"positives": traces(0, "right"), "base": traces(0), "later": [traces(3)]}
     return Pools(**{**everything, **given})
 
 
@@ -81,6 +81,27 @@ def test_negatives_are_drawn_uniformly():
     assert min(counts.values()) > 0.8 * len(PROMPTS)
 
 
+def test_similar_draws_the_negative_that_is_most_like_the_positive():
+    texts = ["3 + 5 = 9 pens", "Tom has 3 pens and buys 5, so 9", "no idea at all"]
+    base = {"p1": [replace(trace("p1", n, 0, "wrong"), text=text) for n, text in enumerate(texts)]}
+    right = replace(trace("p1", 0, 0, "right"), text="Tom has 3 pens and buys 5, so 8")
+    for seed in range(5):
+        (pair,) = draw_pairs(
+            PROMPTS, Pools({"p1": [right]}, base), 1, 0.5, seed=seed, manner="similar"
+        )
+        assert pair.rejected == texts[1]
+
+
+def test_recent_draws_from_every_later_student_and_more_from_younger_ones():
+    given = pools(later=[traces(3), traces(2), traces(1)])
+    counts = Counter(pair.rejected_epoch for pair in draw(4, 1.0, given, manner="recent"))
+    total = sum(counts.values())
+    shares = [counts[epoch] / total for epoch in (3, 2, 1)]
+    assert shares == pytest.approx([4 / 7, 2 / 7, 1 / 7], abs=0.05)
+    uniform = Counter(pair.rejected_epoch for pair in draw(4, 1.0, given))
+    assert set(uniform) == {3}, "only the latest student, in any other manner"
+
+
 def test_draws_of_a_prompt_do_not_depend_on_other_prompts():
     alone = {"p5": traces(0, "right")["p5"]}
     expected = [pair for pair in draw(3, 0.5) if pair.prompt_id == "p5"]
@@ -88,14 +109,14 @@ def test_draws_of_a_prompt_do_not_depend_on_other_prompts():
 
 
 def test_an_empty_latest_pool_falls_back_to_the_base_student_flagged():
-    pairs = draw(4, 0.5, pools(latest={}))
+    pairs = draw(4, 0.5, pools(later=[{}]))
     assert {pair.rejected_epoch for pair in pairs} == {0}
     share = sum(pair.rejected_fallback for pair in pairs) / len(pairs)
     assert share == pytest.approx(0.5, abs=0.06)
 
 
 def test_phi_1_has_no_fallback():
-    pairs = draw(4, 1.0, pools(latest={}))
+    pairs = draw(4, 1.0, pools(later=[{}]))
     assert all(pair.rejected is None and not pair.rejected_fallback for pair in pairs)
 
 
@@ -118,7 +139,7 @@ def test_provenance_and_cuts_are_carried_over():
 
 def test_prompts_without_a_right_trace_are_left_out():
     some = {f"p{number}": PROMPTS[f"p{number}"] for number in range(50)}
-    pairs = draw(2, 0.5, pools(positives=traces(0, "right", some), latest={}))
+    pairs = draw(2, 0.5, pools(positives=traces(0, "right", some), later=[]))
     assert {pair.prompt_id for pair in pairs} == set(some)
     counts = count_pairs(pairs)
     assert counts.pairs == counts.from_base + counts.fallbacks == 50 * K

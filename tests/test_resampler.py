@@ -1,0 +1,75 @@
+"""Which traces the resampler makes an epoch's pairs of: with a full store, and no engine."""
+
+import pytest
+
+from cluster import storage
+from cluster.config import parse_config
+from cluster.run_folder import RunFolder
+from cluster.storage import location
+from pipeline.resampler import MixedPolicyResampler, student_name
+from pipeline.rows import Pair, Sample, from_table
+from pipeline.sampling import plan_requests
+from pipeline.store import SampleStore
+
+RIGHT, WRONG = "It is \\boxed{%s}.", "It is %d, so \\boxed{-1}."
+EXAMPLE = {"question": "How many are two pens?", "answer": "\\boxed{2}"}
+
+
+@pytest.fixture
+def resampler(tiny_llama, tmp_path, request):
+    """A run whose teacher is right in every second sample, and whose student never is."""
+    raw = {
+        "run": {"folder": str(tmp_path / "run"), "store": str(tmp_path / "store")},
+        "cluster": {"accelerator": "cpu"},
+        "task": {"name": "word_problems", "train_prompts": 5},
+        "teacher": {"model": str(tiny_llama), "few_shot": [EXAMPLE]},
+        "student": {"model": str(tiny_llama)},
+        "sampling": {"samples": 4, "max_new_tokens": 16, "max_rouge_l": 1},
+        "pairs": request.param,
+        "training": {"method": "orpo", "epochs": 3},
+    }
+    config = parse_config(raw, "test")
+    resampler = MixedPolicyResampler(RunFolder(location(config.run.folder)), config)
+    fill(resampler, "teacher", right=True)
+    fill(resampler, student_name(0), right=False)
+    return resampler
+
+
+def fill(resampler, name, right):
+    writer = resampler._writer(name, 0)
+    golds = {prompt.prompt_id: prompt.gold for prompt in resampler._prompts}
+    store = SampleStore(location(resampler._config.run.store))
+    for request in plan_requests(writer, resampler._prompts, 4, 0):
+        index = request.sample_index
+        text = RIGHT % golds[request.prompt_id] if right and index % 2 else WRONG % index
+        row = (request.key, request.prompt_id, index, writer.weights.digest)
+        store.write([Sample(*row, f"{name} {text}", "stop", 3)])
+
+
+def pairs_of(resampler, epoch) -> list[Pair]:
+    resampler.prepare_epoch(epoch)
+    return from_table(Pair, storage.read_table(resampler._run.pairs(epoch)))
+
+
+@pytest.mark.parametrize("resampler", [{"phi": 0}], indirect=True)
+def test_negatives_are_the_students(resampler):
+    pairs = pairs_of(resampler, 1)
+    assert len(pairs) == 5 * 2, "two right traces of each prompt"
+    assert all(pair.chosen.startswith("teacher") for pair in pairs)
+    assert all(pair.rejected.startswith("student_000") for pair in pairs)
+
+
+@pytest.mark.parametrize("resampler", [{"phi": 0, "negatives_from": "teacher"}], indirect=True)
+def test_negatives_may_be_the_teachers_wrong_traces(resampler):
+    pairs = pairs_of(resampler, 2)
+    assert len(pairs) == 5 * 2
+    assert all(pair.rejected.startswith("teacher") for pair in pairs)
+    assert all(pair.rejected.endswith("\\boxed{-1}.") for pair in pairs)
+    assert not resampler._run.completions(student_name(0)).exists(), "no student is sampled"
+
+
+@pytest.mark.parametrize("resampler", [{"draw": "recent"}, {}], indirect=True)
+def test_recent_asks_for_every_student_since_the_first_epoch(resampler, request):
+    recent = resampler._config.pairs.draw == "recent"
+    expected = ["student_002", "student_001"] if recent else ["student_002"]
+    assert resampler._later_students(3) == expected
