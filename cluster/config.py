@@ -22,6 +22,7 @@ class RunConfig(Section):
     cluster: sections.Cluster = sections.Cluster()
     sampling: sections.Sampling = sections.Sampling()
     engines: sections.Engines = sections.Engines()
+    scoring: sections.Scoring = sections.Scoring()
     pairs: sections.Pairs = sections.Pairs()
     training: sections.Training = sections.Training()
     serving: sections.Serving = sections.Serving()

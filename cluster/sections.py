@@ -146,6 +146,16 @@ class Engines(Section):
     """Give up, with a diagnosis, when engines are not ready after this."""
 
 
+class Scoring(Section):
+    """How given responses are scored under the reference and the teacher."""
+
+    engine: Execution[Literal["vllm", "forward"]] = "vllm"
+    """vllm asks the warm engines for the log-probabilities of a prompt; forward runs the model by
+    transformers, for architectures that vLLM lacks."""
+    forward_tokens: Execution[PositiveInt] = 4096
+    """Tokens that a forward pass takes through the model at once."""
+
+
 class Pairs(Section):
     """How positives are paired with negatives: the mixed policy."""
 

@@ -1,27 +1,15 @@
-"""A pool of warm vLLM engines, as a Ray Serve deployment that samples and reloads weights.
-
-Ray Serve keeps the pool between its two sizes, replaces an engine that died, and hands new weights
-to every engine of the pool (`user_config`), those included that start later.
-"""
+"""One warm vLLM engine: it samples, scores given responses, and reloads weights."""
 
 import asyncio
 import os
 import uuid
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.config import RunConfig
-from cluster.errors import EngineNotReadyError, RunError
-from cluster.progress import say
+from cluster.errors import EngineNotReadyError
 from cluster.sections import Dtype, Engines
-from cluster.session import app_name, start_serve
-from cluster.storage import digest_text
-from cluster.waiting import waiting
 from pipeline.models import resolve_exact
-
-_DEPLOYMENT = "SamplingEngine"
 
 
 @dataclass(frozen=True)
@@ -67,6 +55,23 @@ class Completion:
     error: str | None = None
 
 
+@dataclass(frozen=True)
+class ScoreRequest:
+    """A response whose log-probability after a prompt is asked."""
+
+    key: str
+    prompt_ids: list[int]
+    response_ids: list[int]
+
+
+@dataclass(frozen=True)
+class ScoreAnswer:
+    """The log-probability of a whole response in nats, or why there is none."""
+
+    logp: float
+    error: str | None = None
+
+
 class SamplingEngine:
     """One vLLM engine, a replica of the pool."""
 
@@ -105,26 +110,60 @@ class SamplingEngine:
         Raises EngineNotReadyError where another model is loaded than the one with this digest, and
         where the engine has died.
         """
-        if digest != self._digest:
-            raise EngineNotReadyError(f"the engine holds model {self._digest}, asked for {digest}")
+        self._require(digest)
         return await asyncio.gather(*(self._complete(request, decoding) for request in requests))
 
+    async def score(self, digest: str, requests: list[ScoreRequest]) -> list[ScoreAnswer]:
+        """Score responses, in order, with errors as in `sample`."""
+        self._require(digest)
+        return await asyncio.gather(*(self._score(request) for request in requests))
+
+    def _require(self, digest: str) -> None:
+        if digest != self._digest:
+            raise EngineNotReadyError(f"the engine holds model {self._digest}, asked for {digest}")
+
     async def _complete(self, request: SampleRequest, decoding: Decoding) -> Completion:
+        output, error = await self._generate(
+            request.prompt_ids, _sampling_params(decoding, request.seed)
+        )
+        if error:
+            return Completion("", None, 0, error)
+        best = output.outputs[0]
+        return Completion(best.text, best.finish_reason, len(best.token_ids))
+
+    async def _score(self, request: ScoreRequest) -> ScoreAnswer:
+        ids = request.prompt_ids + request.response_ids
+        output, error = await self._generate(ids, _scoring_params())
+        if error:
+            return ScoreAnswer(0.0, error)
+        first = len(request.prompt_ids)
+        found = zip(ids[first:], output.prompt_logprobs[first:], strict=True)
+        return ScoreAnswer(sum(logprobs[token].logprob for token, logprobs in found))
+
+    async def _generate(self, ids: list[int], parameters: Any) -> tuple[Any, str | None]:
+        """What vLLM makes of a prompt, or the error with which it refuses it."""
         from vllm import TokensPrompt
         from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-        prompt = TokensPrompt(prompt_token_ids=request.prompt_ids)
-        parameters = _sampling_params(decoding, request.seed)
+        prompt = TokensPrompt(prompt_token_ids=ids)
         try:
             outputs = self._engine.generate(prompt, parameters, uuid.uuid4().hex)
-            final = [output async for output in outputs][-1]
+            return [output async for output in outputs][-1], None
         except (ValueError, VLLMClientError, EngineGenerateError) as error:
-            return Completion("", None, 0, f"{type(error).__name__}: {error}")
+            return None, f"{type(error).__name__}: {error}"
         except EngineDeadError as error:
             raise EngineNotReadyError(f"the engine died: {error}") from None
-        best = final.outputs[0]
-        return Completion(best.text, best.finish_reason, len(best.token_ids))
+
+
+def _scoring_params() -> Any:
+    """Log-probabilities of the prompt's tokens; for these vLLM reads no cached prefix."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=1, temperature=0, prompt_logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY
+    )
 
 
 def _sampling_params(decoding: Decoding, seed: int) -> Any:
@@ -168,97 +207,3 @@ def start_engine(folder: Path, weights: Weights, engines: Engines, on_gpu: bool)
         arguments.max_num_batched_tokens = max(8192, engines.max_model_len)
         arguments.kv_cache_memory_bytes = int(engines.kv_cache_gib * (1 << 30))
     return AsyncLLM.from_engine_args(arguments)
-
-
-def ensure_engines(config: RunConfig, weights: Weights, on_gpu: bool) -> Any:
-    """A handle of the pool with `weights` loaded; an engine that can reload them is kept warm.
-
-    Raises RunError with a diagnosis where the pool is not ready in engines.start_timeout_s.
-    """
-    from ray import serve
-
-    start_serve(config)
-    name = f"{app_name(config, 'sampler')}-{weights.architecture[:12]}-{weights.dtype}"
-    for app in running_apps(config):
-        if app != name:
-            serve.delete(app)
-    if name not in running_apps(config):
-        say(f"starting {config.engines.min_engines} sampling engine(s)")
-    app = _deployment(config.engines, on_gpu, weights).bind(config.engines, on_gpu)
-    return _run_app(app, name, config, on_gpu)
-
-
-def _run_app(app: Any, name: str, config: RunConfig, on_gpu: bool) -> Any:
-    from ray import serve
-
-    engines = config.engines
-    # serve.run has no time limit of its own.
-    started = ThreadPoolExecutor(1).submit(serve.run, app, name=name, route_prefix=None)
-    try:
-        with waiting("starting sampling engines"):
-            return started.result(timeout=engines.start_timeout_s)
-    except (TimeoutError, RuntimeError) as error:
-        raise RunError(_diagnosis(name, engines, on_gpu, error)) from None
-
-
-def _diagnosis(name: str, engines: Engines, on_gpu: bool, error: Exception) -> str:
-    import ray
-    from ray import serve
-
-    status = serve.status().applications[name]
-    messages = [deployment.message for deployment in status.deployments.values()]
-    return (
-        f"sampling engines are {status.status} after at most {engines.start_timeout_s:.0f} s: "
-        f"{' '.join([status.message, *messages, str(error)]).strip()} Asked for "
-        f"{engines.min_engines} x {_resources(engines, on_gpu)}; the cluster has "
-        f"{ray.cluster_resources()}, of which {ray.available_resources()} are free"
-    )
-
-
-def _deployment(engines: Engines, on_gpu: bool, weights: Weights) -> Any:
-    from ray import serve
-
-    per_node: dict[str, Any] = {}
-    if engines.engines_per_node:
-        per_node["max_replicas_per_node"] = engines.engines_per_node
-    pool: Any = serve.deployment(
-        SamplingEngine,
-        name=_DEPLOYMENT,
-        user_config=asdict(weights),
-        ray_actor_options=_resources(engines, on_gpu),
-        max_ongoing_requests=2 * engines.batches_in_flight,
-        autoscaling_config={
-            "min_replicas": engines.min_engines,
-            "max_replicas": engines.max_engines,
-            "target_ongoing_requests": engines.batches_in_flight,
-        },
-        health_check_timeout_s=120,
-        graceful_shutdown_timeout_s=30,  # what an engine on busy cores may take to stop in order
-        **per_node,
-    )
-    # Engines of an equal version are handed new weights. Serve has no public name for it, and else
-    # makes one up at each deployment, so that every engine would start anew.
-    version = digest_text(weights.architecture, weights.dtype, repr(engines), repr(on_gpu))
-    return pool.options(version=version, _internal=True)
-
-
-def _resources(engines: Engines, on_gpu: bool) -> dict[str, float]:
-    processes = engines.tensor_parallel
-    cpus = {"num_cpus": engines.cpus_per_engine * processes}
-    return cpus | ({"num_gpus": processes} if on_gpu else {})
-
-
-def running_apps(config: RunConfig) -> list[str]:
-    """Names of the run's pools that are up now."""
-    from ray import serve
-
-    ours = app_name(config, "sampler")
-    return [name for name in serve.status().applications if name.startswith(ours)]
-
-
-def release_engines(config: RunConfig) -> None:
-    """Give back what the run's pools hold."""
-    from ray import serve
-
-    for name in running_apps(config):
-        serve.delete(name)

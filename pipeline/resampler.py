@@ -14,9 +14,9 @@ from cluster.run_folder import RunFolder
 from cluster.sections import Model
 from cluster.session import uses_gpu
 from cluster.storage import is_published, publish_folder, staging_folder, write_table
-from pipeline.engine import release_engines
 from pipeline.grading import NEGATIVES, POSITIVE, describe_traces, grade_samples, keep_anew
 from pipeline.pairs import Pools, count_pairs, draw_pairs, draws_from_latest, pool
+from pipeline.pool import release_engines
 from pipeline.rows import Pair, Prompt, Trace, from_table, to_table
 from pipeline.sampling import Writer, make_writer, plan_requests, sample
 from pipeline.store import SampleStore

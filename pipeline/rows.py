@@ -72,6 +72,16 @@ class Pair:
     rejected_finished: bool | None
 
 
+@dataclass(frozen=True)
+class Score:
+    """How likely a model finds a response to a prompt. Written to the store by pipeline/scoring."""
+
+    key: str
+    model: str  # digest of the model that was asked
+    logp: float  # log-probability of the whole response, in nats
+    tokens: int  # that the sum is over, an end-of-turn token included
+
+
 SAMPLE_SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -117,9 +127,22 @@ PAIR_SCHEMA = pa.schema(
         pa.field("rejected_finished", pa.bool_()),
     ]
 )
-SCHEMAS: dict[type, pa.Schema] = {Sample: SAMPLE_SCHEMA, Trace: TRACE_SCHEMA, Pair: PAIR_SCHEMA}
+SCORE_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("model", pa.string(), nullable=False),
+        pa.field("logp", pa.float64(), nullable=False),
+        pa.field("tokens", pa.int32(), nullable=False),
+    ]
+)
+SCHEMAS: dict[type, pa.Schema] = {
+    Sample: SAMPLE_SCHEMA,
+    Trace: TRACE_SCHEMA,
+    Pair: PAIR_SCHEMA,
+    Score: SCORE_SCHEMA,
+}
 
-Row = TypeVar("Row", Sample, Trace, Pair)
+Row = TypeVar("Row", Sample, Trace, Pair, Score)
 
 
 def to_table(row_type: type[Row], rows: Iterable[Row]) -> pa.Table:

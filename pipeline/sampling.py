@@ -1,19 +1,21 @@
 """Sampling as an anti-join: ask the store what is there, and sample only the rest."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 
 from cluster.config import RunConfig
-from cluster.errors import EngineNotReadyError, RunError
+from cluster.errors import RunError
 from cluster.progress import progress, say
 from cluster.sections import Model
 from cluster.storage import digest_file, digest_text
 from pipeline.chat import Chat, load_chat
-from pipeline.engine import Completion, Decoding, SampleRequest, Weights, ensure_engines
+from pipeline.engine import Completion, Decoding, SampleRequest, Weights
+from pipeline.fan_out import ask_patiently, through_engines
 from pipeline.models import model_digest, resolve_model
+from pipeline.pool import ensure_engines
 from pipeline.rows import Kind, Prompt, Sample
 from pipeline.store import SampleStore
 from pipeline.tasks import user_message, worked_examples
@@ -156,37 +158,11 @@ def _draw(
     on_gpu: bool,
 ) -> Iterator[Sample]:
     """Fan requests over the engines by Ray Data; what succeeds is stored, what fails comes back."""
-    import ray
-
     handle = ensure_engines(config, writer.weights, on_gpu)
-    engines = config.engines
-    blocks = [
-        pa.Table.from_pylist(
-            [asdict(request) for request in requests[start : start + engines.batch_rows]]
-        )
-        for start in range(0, len(requests), engines.batch_rows)
-    ]
-    drawn: Any = ray.data.from_arrow(blocks).map_batches(
-        AskEngines,
-        fn_constructor_args=(
-            handle,
-            writer.weights.digest,
-            writer.decoding,
-            store,
-            engines.start_timeout_s,
-        ),
-        batch_size=engines.batch_rows,
-        batch_format="pyarrow",
-        num_cpus=0,
-        compute=ray.data.ActorPoolStrategy(
-            size=engines.max_engines,  # without CPUs of their own; what queues at Serve scales it
-            max_concurrent_calls_per_actor=engines.batches_in_flight,
-            max_tasks_in_flight_per_actor=engines.batches_in_flight,
-            enable_true_multi_threading=True,
-        ),
-    )
+    patience_s = config.engines.start_timeout_s
+    arguments = (handle, writer.weights.digest, writer.decoding, store, patience_s)
     with progress(f"sampling {writer.name}", len(requests)) as bar:
-        for batch in drawn.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for batch in through_engines(requests, AskEngines, arguments, config.engines):
             bar.advance(len(batch))
             for row in batch.to_pylist():
                 if row["error"] is not None:
@@ -216,26 +192,13 @@ class AskEngines:
         from pipeline.rows import to_table
 
         requests = [SampleRequest(**row) for row in batch.to_pylist()]
-        completions = self._ask(requests)
+        completions = ask_patiently(
+            lambda: self._handle.sample.remote(self._digest, requests, self._decoding).result(),
+            self._patience_s,
+        )
         rows = [
             _row(request, self._digest, completion)
             for request, completion in zip(requests, completions, strict=True)
         ]
         self._store.write(row for row in rows if row.error is None)
         return to_table(Sample, [Sample(**{**vars(row), "text": ""}) for row in rows])
-
-    def _ask(self, requests: list[SampleRequest]) -> list[Completion]:
-        from ray.exceptions import RayActorError
-        from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_exponential
-
-        # An engine that dies takes the batch with it; Ray Serve brings up another one. And one that
-        # still reloads has the old weights for a moment after Serve calls the pool ready.
-        tries = Retrying(
-            retry=retry_if_exception_type((RayActorError, EngineNotReadyError)),
-            stop=stop_after_delay(self._patience_s),
-            wait=wait_exponential(max=30),
-            reraise=True,
-        )
-        return tries(
-            lambda: self._handle.sample.remote(self._digest, requests, self._decoding).result()
-        )

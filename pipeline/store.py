@@ -1,13 +1,14 @@
-"""The store of samples: content-addressed, shared by all runs, and never sampled into twice.
+"""The store of samples and scores: content-addressed, shared by all runs, nothing made twice.
 
 A file counts once its marker, written after it, is there and names its digest. A file that does
-not match its marker is set aside, and its samples are simply missing again.
+not match its marker is set aside, and its rows are simply missing again.
 """
 
 import io
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,21 +16,25 @@ from upath import UPath
 
 from cluster.progress import say
 from cluster.storage import digest_file, write_text
-from pipeline.rows import SAMPLE_SCHEMA, Sample, from_table, to_table
+from pipeline.rows import SCHEMAS, Sample, Score, from_table, to_table
 
 _MARKER = ".ok"
 _DAMAGED = ".damaged"
 
+Stored = TypeVar("Stored", Sample, Score)
+
 
 @dataclass(frozen=True)
-class SampleStore:
-    """Samples in `root`, a local path or a URL, one folder for each model that wrote them."""
+class _Store(Generic[Stored]):
+    """Rows of one type in `root`, a local path or a URL: a folder for each model."""
 
     root: UPath
+    row_type: ClassVar[type]
+    name: ClassVar[str]
 
-    def write(self, samples: Iterable[Sample]) -> None:
-        """Add samples of one model as one new file, whole or not at all."""
-        table = to_table(Sample, samples)
+    def write(self, rows: Iterable[Stored]) -> None:
+        """Add rows of one model as one new file, whole or not at all."""
+        table = to_table(self.row_type, rows)
         if not len(table):
             return
         folder = self._folder(table["model"][0].as_py())
@@ -41,20 +46,21 @@ class SampleStore:
         write_text(_marker(path), digest_file(path))
 
     def keys(self, model: str) -> set[str]:
-        """Keys of all samples that `model` has written."""
+        """Keys of all rows that `model` has."""
         return {key for table in self._tables(model, ["key"]) for key in table["key"].to_pylist()}
 
-    def read(self, model: str, keys: set[str]) -> dict[str, Sample]:
-        """The samples of `model` with these keys; missing ones are left out."""
+    def read(self, model: str, keys: set[str]) -> dict[str, Stored]:
+        """The rows of `model` with these keys; missing ones are left out."""
         wanted = pa.array(sorted(keys), pa.string())
-        found = {}
+        found: dict[str, Stored] = {}
         for table in self._tables(model, None):
             chosen = table.filter(pa.compute.is_in(table["key"], value_set=wanted))
-            found.update({row.key: row for row in from_table(Sample, chosen)})
+            rows: list[Any] = from_table(self.row_type, chosen)
+            found.update({row.key: row for row in rows})
         return found
 
     def _folder(self, model: str) -> UPath:
-        return self.root / "samples" / model
+        return self.root / self.name / model
 
     def _tables(self, model: str, columns: list[str] | None) -> Iterable[pa.Table]:
         folder = self._folder(model)
@@ -64,14 +70,25 @@ class SampleStore:
         for name in sorted(names):
             if name.endswith(".parquet") and name + _MARKER in names:
                 if (folder / name).stat().st_size and _is_whole(folder / name):
-                    yield _read(folder / name, columns)
+                    yield self._read(folder / name, columns)
                 else:
                     _set_aside(folder / name)
 
+    def _read(self, path: UPath, columns: list[str] | None) -> pa.Table:
+        table = pq.read_table(path.path, filesystem=path.fs, columns=columns)
+        return table if columns else table.cast(SCHEMAS[self.row_type])
 
-def _read(path: UPath, columns: list[str] | None) -> pa.Table:
-    table = pq.read_table(path.path, filesystem=path.fs, columns=columns)
-    return table if columns else table.cast(SAMPLE_SCHEMA)
+
+class SampleStore(_Store[Sample]):
+    """What models have written."""
+
+    row_type, name = Sample, "samples"
+
+
+class ScoreStore(_Store[Score]):
+    """How likely models find given responses."""
+
+    row_type, name = Score, "scores"
 
 
 def _is_whole(path: UPath) -> bool:
@@ -79,7 +96,7 @@ def _is_whole(path: UPath) -> bool:
 
 
 def _set_aside(path: UPath) -> None:
-    say(f"{path} is damaged: set aside, its samples will be drawn again")
+    say(f"{path} is damaged: set aside, its rows will be made again")
     _marker(path).unlink()
     path.rename(path.with_name(path.name + _DAMAGED))
 

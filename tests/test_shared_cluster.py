@@ -9,7 +9,7 @@ import potstill
 from cluster.config import parse_config
 from cluster.errors import BadInputError
 from cluster.session import app_name, start_serve
-from pipeline.engine import release_engines, running_apps
+from pipeline.pool import release_engines, running_apps
 from serving.app import _place, stop_serving
 
 

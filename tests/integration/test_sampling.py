@@ -13,7 +13,7 @@ from cluster.errors import BadInputError, RunError
 from cluster.run_folder import open_run
 from cluster.session import ray_session
 from cluster.storage import location, read_table
-from pipeline.engine import release_engines
+from pipeline.pool import release_engines
 from pipeline.resampler import MixedPolicyResampler
 from pipeline.rows import Pair, Sample, from_table
 from pipeline.sampling import make_writer, sample
