@@ -1,12 +1,31 @@
 """Losses: pure functions of log-probabilities, [B] in and [B] out, and what is worth logging.
 
 They compute in float32, or in float64 where that is given; lower precisions are widened first. The
-caller divides by counts of the whole global batch.
+caller divides by counts of the whole global batch. ORPO's are here; the others can be imported from
+here too.
 """
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+
+from training.divergence import position_kl, token_kl
+from training.precision import widen
+from training.preference import dadpo_figures, dadpo_loss, kto_loss
+
+__all__ = [
+    "cap_gradient",
+    "contrast_figures",
+    "dadpo_figures",
+    "dadpo_loss",
+    "kto_loss",
+    "mean_log_probability",
+    "odds_ratio_loss",
+    "odds_ratio_margin",
+    "position_kl",
+    "rejected_gradient",
+    "token_kl",
+]
 
 # log(1 - p) is taken no nearer to p = 1 than this, in nats; papers' values down to -1e-10 survive.
 _NEAREST_TO_CERTAIN = -1e-12
@@ -14,7 +33,7 @@ _NEAREST_TO_CERTAIN = -1e-12
 
 def mean_log_probability(sums: Tensor, counts: Tensor) -> Tensor:
     """Mean log-probability per token (nats) from sums [B] and token counts [B] -> [B]."""
-    return _wide(sums) / counts.clamp(min=1)
+    return widen(sums) / counts.clamp(min=1)
 
 
 def odds_ratio_loss(chosen_mean_logp: Tensor, rejected_mean_logp: Tensor) -> Tensor:
@@ -28,7 +47,7 @@ def odds_ratio_loss(chosen_mean_logp: Tensor, rejected_mean_logp: Tensor) -> Ten
 
 def odds_ratio_margin(chosen_mean_logp: Tensor, rejected_mean_logp: Tensor) -> Tensor:
     """How much higher the log-odds of `chosen` are than those of `rejected`. [B], [B] -> [B]."""
-    chosen, rejected = _wide(chosen_mean_logp), _wide(rejected_mean_logp)
+    chosen, rejected = widen(chosen_mean_logp), widen(rejected_mean_logp)
     return (chosen - rejected) - (_log_one_minus_exp(chosen) - _log_one_minus_exp(rejected))
 
 
@@ -38,7 +57,7 @@ def rejected_gradient(chosen_mean_logp: Tensor, rejected_mean_logp: Tensor) -> T
     d loss / d rejected = sigmoid(-margin) / (1 - P_rejected), which grows like 1 / |log P| for a
     negative that the policy is sure of.
     """
-    chosen, rejected = _wide(chosen_mean_logp).detach(), _wide(rejected_mean_logp).detach()
+    chosen, rejected = widen(chosen_mean_logp).detach(), widen(rejected_mean_logp).detach()
     unlikely = torch.sigmoid(-odds_ratio_margin(chosen, rejected))
     return unlikely / -torch.expm1(rejected.clamp(max=_NEAREST_TO_CERTAIN))
 
@@ -55,7 +74,7 @@ def contrast_figures(chosen_mean_logp: Tensor, rejected_mean_logp: Tensor) -> di
     margin: difference of log-odds; accuracy: 1 where chosen is the likelier, else 0; both
     log-probabilities per token.
     """
-    chosen, rejected = _wide(chosen_mean_logp).detach(), _wide(rejected_mean_logp).detach()
+    chosen, rejected = widen(chosen_mean_logp).detach(), widen(rejected_mean_logp).detach()
     return {
         "margin": odds_ratio_margin(chosen, rejected),
         "accuracy": (chosen > rejected).to(chosen.dtype),
@@ -68,7 +87,3 @@ def _log_one_minus_exp(x: Tensor) -> Tensor:
     # log(-expm1(x)) keeps its digits near 0, where log1p(-exp(x)) is infinite. The clamp is on the
     # input: a torch.where over two branches would leak NaN from the gradient of the one not taken.
     return torch.log(-torch.expm1(x.clamp(max=_NEAREST_TO_CERTAIN)))
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
