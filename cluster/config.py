@@ -41,6 +41,20 @@ class RunConfig(Section):
         return self.evaluation.max_new_tokens or self.sampling.max_new_tokens
 
     @property
+    def contrasts(self) -> bool:
+        """Whether training compares right with wrong traces, and so needs negatives."""
+        return self.training.method != "sft"
+
+    @property
+    def scored_by(self) -> tuple[str, ...]:
+        """Of "reference" and "teacher", those whose scores of whole responses training needs."""
+        training = self.training
+        dadpo = training.method == "dadpo"
+        reference = training.method == "kto" or (dadpo and training.reference_weight > 0)
+        teacher = dadpo and training.teacher_weight > 0
+        return ("reference",) * reference + ("teacher",) * teacher
+
+    @property
     def cpus_held(self) -> float:
         """Logical CPUs that all engines and training workers hold at once."""
         engines, training = self.engines, self.training
@@ -85,7 +99,17 @@ def _context_rules(config: RunConfig) -> list[Rule]:
 def _training_rules(config: RunConfig) -> list[Rule]:
     training = config.training
     per_step = training.micro_batch * training.workers
+    anchors = training.reference_weight + training.teacher_weight
     return [
+        (
+            training.method == "dadpo" and anchors == 0,
+            "training.method=dadpo with reference_weight and teacher_weight both 0 learns nothing: "
+            "raise one of them",
+        ),
+        (
+            training.method == "kto" and training.reference_weight == 0,
+            "training.method=kto with reference_weight=0 learns nothing: raise it",
+        ),
         (
             training.global_batch % per_step != 0,
             f"training.global_batch={training.global_batch} is not a multiple of micro_batch x "

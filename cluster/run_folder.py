@@ -46,6 +46,10 @@ class RunFolder:
         """The published folder of the pairs that epoch 1, 2, ... trains on."""
         return self.root / "pairs" / f"epoch_{epoch:03d}"
 
+    def scores(self, epoch: int) -> UPath:
+        """What reference and teacher say of an epoch's pairs, for the methods that ask them."""
+        return self.root / "scores" / f"epoch_{epoch:03d}.parquet"
+
     def checkpoint(self, epoch: int) -> UPath:
         """The published Hugging Face folder of the student after an epoch."""
         return self.root / "checkpoints" / f"epoch_{epoch:03d}"

@@ -117,3 +117,16 @@ def check_chat(chat: Chat, prompt_ids: Sequence[int]) -> None:
     closed = chat.response_ids(_PROBE_ANSWER, finished=True)
     if closed[-2:] == [chat.end_of_turn_id] * 2:
         raise BadInputError(f"the tokenizer of {name} adds an EOS of its own: switch it off")
+
+
+def check_same_tokenizer(teacher: Chat, student: Chat) -> None:
+    """Refuse to compare two models token by token whose ids do not mean the same.
+
+    Vocabularies may be padded to other sizes. Raises BadInputError.
+    """
+    if teacher.tokenizer.get_vocab() != student.tokenizer.get_vocab():
+        raise BadInputError(
+            f"training.kl_weight compares tokens, and {teacher.tokenizer.name_or_path} has another "
+            f"tokenizer than {student.tokenizer.name_or_path}: set kl_weight to 0, and use the "
+            "methods that compare whole responses (dadpo, with teacher_weight; kto; orpo)"
+        )

@@ -72,24 +72,34 @@ class ResponseLogProbs(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: TokenBatch) -> Tensor:
+    def forward(
+        self, batch: TokenBatch, keep: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Log-probabilities [N] of the scored tokens, in float32 (float64 for a float64 model).
 
+        With `keep`, bool [N], also the logits [K, V] from which the marked tokens were predicted.
         The head, most of a small model's work, is applied only where a scored token is predicted.
         """
+        logits = self._logits(batch, batch.sources)
+        chosen = logits.gather(-1, batch.targets[:, None]).squeeze(-1)
+        logps = chosen - torch.logsumexp(logits, dim=-1)
+        return logps if keep is None else (logps, logits[keep])
+
+    def logits(self, batch: TokenBatch, keep: Tensor) -> Tensor:
+        """The logits [K, V] from which the scored tokens that `keep` marks are predicted."""
+        return self._logits(batch, batch.sources[keep])
+
+    def _logits(self, batch: TokenBatch, sources: Tensor) -> Tensor:
         hidden = self.model.get_decoder()(
             input_ids=batch.input_ids,
             position_ids=batch.positions,
             attention_mask=_attention_mask(self.model.config, batch),
             use_cache=False,
         ).last_hidden_state
-        logits = self.model.get_output_embeddings()(hidden.flatten(0, 1)[batch.sources])
+        logits = self.model.get_output_embeddings()(hidden.flatten(0, 1)[sources])
         logits = logits if logits.dtype == torch.float64 else logits.float()
         softcap = getattr(self.model.config, "final_logit_softcapping", None)
-        if softcap is not None:
-            logits = torch.tanh(logits / softcap) * softcap
-        chosen = logits.gather(-1, batch.targets[:, None]).squeeze(-1)
-        return chosen - torch.logsumexp(logits, dim=-1)
+        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
 def shares_prompts(model_config: Any) -> bool:

@@ -17,7 +17,7 @@ from cluster.errors import BadInputError
 from cluster.run_folder import check_recipe
 from cluster.sections import Model
 from cluster.session import refuse_taken_port, refuse_too_few_cpus, starts_own_cluster
-from pipeline.chat import Chat, check_chat, load_chat
+from pipeline.chat import Chat, check_chat, check_same_tokenizer, load_chat
 from pipeline.models import resolve_model
 from pipeline.pairs import draws_from_latest
 from pipeline.rows import Prompt
@@ -80,6 +80,8 @@ def plan_run(config: RunConfig) -> Plan:
     student = plan.check(lambda: _probe("student", config.student, config, splits))
     if teacher and student:
         plan.check(lambda: _check_training_length(config, student))
+        if config.training.kl_weight:
+            plan.check(lambda: check_same_tokenizer(teacher.chat, student.chat))
         _plan_models(plan, config, teacher, student)
         _plan_work(plan, config, len(splits["train"]), teacher, student)
     return plan
@@ -189,7 +191,7 @@ def _plan_work(
     if training.epochs == 0:
         plan.rows.append(("training", "none: only base and teacher are evaluated"))
         return
-    contrasts = training.method == "orpo"
+    contrasts = config.contrasts
     refreshes = sum(
         contrasts and draws_from_latest(epoch, config.pairs.phi_in(epoch))
         for epoch in range(1, training.epochs + 1)
@@ -206,6 +208,8 @@ def _plan_work(
     seconds = _seconds(config, traces, students, pairs, row_tokens, teacher, student)
     plan.rows += [
         ("sampling", f"{traces} traces of the teacher, {students} x {traces} of students"),
+        *[("scoring", f"pairs of each epoch by {' and '.join(config.scored_by)}")]
+        * bool(config.scored_by),
         ("engines", f"{config.engines.min_engines} to {config.engines.max_engines}"),
         (
             "training",

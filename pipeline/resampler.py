@@ -14,12 +14,14 @@ from cluster.run_folder import RunFolder
 from cluster.sections import Model
 from cluster.session import uses_gpu
 from cluster.storage import is_published, publish_folder, staging_folder, write_table
+from pipeline.anchors import asked_of, fit_pairs
 from pipeline.grading import NEGATIVES, POSITIVE, describe_traces, grade_samples, keep_anew
 from pipeline.pairs import Pools, count_pairs, draw_pairs, draws_from_latest, pool
 from pipeline.pool import release_engines
-from pipeline.rows import Pair, Prompt, Trace, from_table, to_table
+from pipeline.rows import Anchor, Pair, Prompt, Trace, from_table, to_table
 from pipeline.sampling import Writer, make_writer, plan_requests, sample
-from pipeline.store import SampleStore
+from pipeline.scoring import score
+from pipeline.store import SampleStore, ScoreStore
 from pipeline.tasks import load_prompts, user_message
 
 COUNTS_FILE = "counts.json"
@@ -48,6 +50,7 @@ class MixedPolicyResampler:
                 "prompts_with_pairs": len({pair.prompt_id for pair in pairs}),
                 **asdict(count_pairs(pairs)),
             }
+            self._score(epoch, pairs)
             self._publish(epoch, pairs, counts)
             self._run.record(stage="pairs", epoch=epoch, **counts)
             say(
@@ -72,7 +75,7 @@ class MixedPolicyResampler:
             )
         wanted = self._config.pairs
         phi = wanted.phi_in(epoch)
-        contrasts = self._config.training.method == "orpo"
+        contrasts = self._config.contrasts
         later = contrasts and draws_from_latest(epoch, phi)
         # phi = 1 asks for later students alone, so N_0 is not touched after the first epoch.
         base = contrasts and not (later and phi == 1)
@@ -84,7 +87,7 @@ class MixedPolicyResampler:
             else [],
         )
         messages = {prompt.prompt_id: user_message(prompt) for prompt in self._prompts}
-        return draw_pairs(
+        drawn = draw_pairs(
             messages,
             pools,
             epoch,
@@ -93,6 +96,26 @@ class MixedPolicyResampler:
             wanted.positives_per_prompt,
             wanted.draw,
         )
+        if not self._config.scored_by:
+            return drawn
+        chat = self._writer(student_name(0), 0).chat
+        return fit_pairs(drawn, chat, self._config.training.max_length)
+
+    def _score(self, epoch: int, pairs: list[Pair]) -> None:
+        """Write what reference and teacher say of the pairs, for the methods that compare to it."""
+        if not self._config.scored_by:
+            return
+        store = ScoreStore(storage.location(self._config.run.store))
+        student, anchors = self._writer(student_name(0), 0), []
+        for name in self._config.scored_by:
+            reader = self._writer("teacher", 0) if name == "teacher" else student
+            texts = asked_of(name, pairs, self._config, student.chat)
+            scores = score(reader, texts, self._config, store, self._on_gpu)
+            anchors += [
+                Anchor(name, text.key, found.model, found.logp, found.tokens)
+                for text, found in scores.items()
+            ]
+        storage.write_table(to_table(Anchor, anchors), self._run.scores(epoch))
 
     def _base_negatives(self) -> list[Trace]:
         if self._config.pairs.negatives_from == "student":

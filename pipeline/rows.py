@@ -82,6 +82,17 @@ class Score:
     tokens: int  # that the sum is over, an end-of-turn token included
 
 
+@dataclass(frozen=True)
+class Anchor:
+    """A response's score under a model that does not train. Written to scores/ by the resampler."""
+
+    reader: str  # "reference" or "teacher"
+    text: str  # key of the message and the response, pipeline.scoring.Answered.key
+    model: str  # digest of the reader
+    logp: float  # nats
+    tokens: int
+
+
 SAMPLE_SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -135,14 +146,24 @@ SCORE_SCHEMA = pa.schema(
         pa.field("tokens", pa.int32(), nullable=False),
     ]
 )
+ANCHOR_SCHEMA = pa.schema(
+    [
+        pa.field("reader", pa.string(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("model", pa.string(), nullable=False),
+        pa.field("logp", pa.float64(), nullable=False),
+        pa.field("tokens", pa.int32(), nullable=False),
+    ]
+)
 SCHEMAS: dict[type, pa.Schema] = {
     Sample: SAMPLE_SCHEMA,
     Trace: TRACE_SCHEMA,
     Pair: PAIR_SCHEMA,
     Score: SCORE_SCHEMA,
+    Anchor: ANCHOR_SCHEMA,
 }
 
-Row = TypeVar("Row", Sample, Trace, Pair, Score)
+Row = TypeVar("Row", Sample, Trace, Pair, Score, Anchor)
 
 
 def to_table(row_type: type[Row], rows: Iterable[Row]) -> pa.Table:

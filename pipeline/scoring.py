@@ -32,6 +32,11 @@ class Answered:
     response: str
     finished: bool  # False: cut by the length limit, so that no end-of-turn token belongs to it
 
+    @property
+    def key(self) -> str:
+        """Its name where its scores are kept."""
+        return digest_text(self.message, self.response, str(self.finished))
+
 
 def plan_scores(reader: Writer, texts: Iterable[Answered]) -> dict[Answered, ScoreRequest]:
     """What a model is to score, in its own tokens: worked examples, message, response, end of turn.

@@ -7,7 +7,7 @@ from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
 from cluster.errors import BadInputError
-from pipeline.chat import Chat, check_chat, read_template
+from pipeline.chat import Chat, check_chat, check_same_tokenizer, read_template
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
@@ -73,3 +73,15 @@ def test_a_template_may_be_text_or_a_file(tmp_path):
     assert read_template(None) is None
     with pytest.raises(BadInputError, match="neither a Jinja text nor a file"):
         read_template("nowhere.jinja")
+
+
+def test_models_are_compared_by_token_only_with_one_tokenizer(tiny_llama, tmp_path):
+    from transformers import AutoTokenizer
+
+    chat = load_chat(tiny_llama)
+    check_same_tokenizer(chat, load_chat(tiny_llama))
+    foreign = AutoTokenizer.from_pretrained(tiny_llama)
+    foreign.add_tokens(["<another>"])
+    foreign.save_pretrained(tmp_path)
+    with pytest.raises(BadInputError, match=r"another tokenizer .*dadpo"):
+        check_same_tokenizer(load_chat(tmp_path), chat)

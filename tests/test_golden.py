@@ -18,6 +18,7 @@ from pipeline.chat import load_chat
 from pipeline.logprobs import ResponseLogProbs
 from pipeline.rows import Pair
 from training.batches import count_batch, global_batches, micro_batches, tokenize_pair
+from training.objectives import Objective
 from training.schedule import count_steps, learning_rate
 from training.step import accumulate, collate_pairs, describe_step
 
@@ -54,13 +55,12 @@ def _twenty_steps(folder: Path) -> list[dict[str, float]]:
     for epoch in range(1, EPOCHS + 1):
         for indices in global_batches(PAIRS, TRAINING.global_batch, SEED, epoch):
             batch = [pairs[index] for index in indices]
-            counts = count_batch(batch, score_prompt=False)
+            objective = Objective(TRAINING, count_batch(batch, score_prompt=False))
             share = micro_batches(batch, TRAINING.micro_batch, workers=1, rank=0)
             totals = accumulate(
                 ResponseLogProbs(model),
                 share,
-                counts,
-                TRAINING,
+                objective,
                 collator,
                 lambda loss, _: loss.backward(),
             )
@@ -69,7 +69,7 @@ def _twenty_steps(folder: Path) -> list[dict[str, float]]:
             torch.nn.utils.clip_grad_norm_(model.parameters(), TRAINING.gradient_clip)
             optimizer.step()
             optimizer.zero_grad()
-            figures = describe_step(totals, counts, TRAINING)
+            figures = describe_step(totals, objective)
             found.append({name: figures[name] for name in ("loss", "nll", "odds_ratio", "margin")})
     return found
 

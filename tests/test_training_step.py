@@ -15,8 +15,9 @@ from pipeline.logprobs import ResponseLogProbs
 from training.batches import BatchCounts, MicroBatch, TokenPair, count_batch, micro_batches
 from training.engine import TrainingEngine
 from training.finite import FiniteCheck
+from training.objectives import Objective
 from training.schedule import count_steps, learning_rate
-from training.step import SUMS, Totals, accumulate, collate_pairs, describe_step
+from training.step import Totals, accumulate, collate_pairs, describe_step
 
 ORPO = Training(odds_ratio_weight=0.7)
 
@@ -45,7 +46,9 @@ def _norm(self, x):
     return self.weight * x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.variance_epsilon)
 
 
-def _run(model, pairs, training=ORPO, micro_batch=8, workers=1, share_prompts=True, check=None):
+def _run(
+    model, pairs, training=ORPO, micro_batch=8, workers=1, share_prompts=True, check=None, **more
+):
     """Sums and gradient of a global batch, cut as told."""
     model.zero_grad()
     full = training.nll_scope == "full"
@@ -59,14 +62,13 @@ def _run(model, pairs, training=ORPO, micro_batch=8, workers=1, share_prompts=Tr
         if check:
             check.add(loss, micro)
 
-    sums, largest = torch.zeros(len(SUMS), dtype=torch.float64), torch.zeros(())
+    totals, objective = Totals(), Objective(training, counts, **more)
     for rank in range(workers):
         share = micro_batches(pairs, micro_batch, workers, rank)
         scorer = ResponseLogProbs(model)
-        totals = accumulate(scorer, share, counts, training, collator, backward)
-        sums, largest = sums + totals.sums, torch.maximum(largest, totals.largest_gradient)
+        totals.add(accumulate(scorer, share, objective, collator, backward).figures)
     gradient = torch.cat([p.grad.flatten().clone() for p in model.parameters()])
-    return describe_step(Totals(sums, largest), counts, training), sum(losses), gradient
+    return describe_step(totals, objective), sum(losses), gradient
 
 
 def _textbook(model, pairs, training):
@@ -185,7 +187,7 @@ def test_a_poisoned_gradient_names_its_prompt(model, lora_like):
 
 
 def _run_trainable(model, pairs, check):
-    counts = BatchCounts(100, len(pairs))
+    objective = Objective(ORPO, BatchCounts(100, len(pairs), 2 * len(pairs)))
     collator = partial(collate_pairs, pad_id=0, share_prompts=True, score_prompt=False)
 
     def backward(loss, micro):
@@ -193,7 +195,7 @@ def _run_trainable(model, pairs, check):
         check.add(loss, micro)
 
     micros = [MicroBatch((pair,)) for pair in pairs]
-    accumulate(ResponseLogProbs(model), micros, counts, ORPO, collator, backward)
+    accumulate(ResponseLogProbs(model), micros, objective, collator, backward)
 
 
 def test_a_finite_loss_with_an_infinite_gradient_is_caught():

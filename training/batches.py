@@ -12,6 +12,7 @@ from typing import Protocol
 
 from cluster.errors import BadInputError
 from pipeline.rows import Pair
+from pipeline.scoring import Answered
 
 
 class Tokens(Protocol):
@@ -25,6 +26,23 @@ class Tokens(Protocol):
 
 
 @dataclass(frozen=True)
+class Anchors:
+    """Log-probabilities of whole responses (nats) under models that do not train.
+
+    0 where the method does not ask for them, or there is no such response.
+    """
+
+    reference_chosen: float = 0.0
+    reference_rejected: float = 0.0
+    reference_unrelated: float = 0.0
+    teacher_chosen: float = 0.0
+    teacher_rejected: float = 0.0
+
+
+_NO_ANCHORS = Anchors()
+
+
+@dataclass(frozen=True)
 class TokenPair:
     """A pair as token ids; chosen and rejected share the prompt's to the letter."""
 
@@ -33,6 +51,8 @@ class TokenPair:
     chosen: list[int]
     rejected: list[int] | None  # None: only the NLL of `chosen` applies
     cut: int = 0  # responses that max_length cut
+    unrelated: list[int] | None = None  # another prompt's answer, for KTO's estimate of the KL
+    anchors: Anchors = _NO_ANCHORS
 
     @property
     def length(self) -> int:
@@ -58,9 +78,17 @@ class BatchCounts:
 
     nll_tokens: int
     pairs: int  # with or without a negative
+    answers: int  # chosen and rejected ones together
 
 
-def tokenize_pair(pair: Pair, chat: Tokens, max_length: int, contrast: bool) -> TokenPair:
+def tokenize_pair(
+    pair: Pair,
+    chat: Tokens,
+    max_length: int,
+    contrast: bool,
+    unrelated: Answered | None = None,
+    anchors: Anchors = _NO_ANCHORS,
+) -> TokenPair:
     """Ids of a pair, each response cut so that prompt and response fit in `max_length` tokens.
 
     A cut loses the end-of-turn token, as it comes last. Without `contrast` the negative is left
@@ -79,7 +107,9 @@ def tokenize_pair(pair: Pair, chat: Tokens, max_length: int, contrast: bool) -> 
         rejected = chat.response_ids(pair.rejected, bool(pair.rejected_finished))
     cut = sum(len(ids) > room for ids in (chosen, rejected or []))
     # An empty trace that was cut leaves nothing to contrast with.
-    return TokenPair(pair.prompt_id, prompt, chosen[:room], (rejected or [])[:room] or None, cut)
+    rejected = (rejected or [])[:room] or None
+    other = chat.response_ids(unrelated.response, unrelated.finished)[:room] if unrelated else None
+    return TokenPair(pair.prompt_id, prompt, chosen[:room], rejected, cut, other, anchors)
 
 
 def global_batches(pairs: int, size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -95,7 +125,9 @@ def global_batches(pairs: int, size: int, seed: int, epoch: int) -> list[list[in
 def count_batch(pairs: Sequence[TokenPair], score_prompt: bool) -> BatchCounts:
     """Counts of a global batch; with `score_prompt` all prompt tokens but the first count."""
     prompt_tokens = sum(len(pair.prompt) - 1 for pair in pairs) if score_prompt else 0
-    return BatchCounts(prompt_tokens + sum(len(pair.chosen) for pair in pairs), len(pairs))
+    answers = sum(1 + (pair.rejected is not None) for pair in pairs)
+    tokens = prompt_tokens + sum(len(pair.chosen) for pair in pairs)
+    return BatchCounts(tokens, len(pairs), answers)
 
 
 def micro_batches(

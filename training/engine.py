@@ -34,6 +34,23 @@ def load_student(folder: Path, config: RunConfig) -> Any:
     return model.train()
 
 
+def load_teacher(config: RunConfig, device: Any) -> ResponseLogProbs | None:
+    """The frozen teacher, in its own dtype, where the method compares token by token."""
+    from transformers import AutoModelForCausalLM
+
+    from pipeline.models import resolve_model
+
+    if not config.training.kl_weight:
+        return None
+    model = AutoModelForCausalLM.from_pretrained(
+        resolve_model(config.teacher.model),
+        dtype=getattr(torch, config.teacher.dtype),
+        attn_implementation="sdpa",
+        trust_remote_code=config.teacher.trust_remote_code,
+    )
+    return ResponseLogProbs(model.eval().requires_grad_(False).to(device))
+
+
 def _add_lora(model: Any, lora: Lora) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 

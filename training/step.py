@@ -1,56 +1,48 @@
-"""One optimizer step's losses: summed over micro-batches, divided once by global counts."""
+"""One optimizer step: micro-batches as tensors, sums over them, and what a step reports."""
 
-import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from cluster.sections import Training
-from pipeline.logprobs import Row, TokenBatch, collate
-from training.batches import BatchCounts, MicroBatch, TokenPair
-from training.losses import (
-    cap_gradient,
-    contrast_figures,
-    mean_log_probability,
-    odds_ratio_loss,
-    rejected_gradient,
-)
+from pipeline.logprobs import Row, collate
+from training.batches import Anchors, MicroBatch, TokenPair
+from training.objectives import Objective, PairBatch
 
-# Sums over pairs that a step reports.
-SUMS = (
-    "nll",
-    "odds_ratio",
+_LARGEST = "largest_gradient"  # workers keep the largest, and add up all else
+_OF_CONTRASTED = (  # means over pairs that have a negative
     "margin",
     "accuracy",
-    "chosen_logp",
     "rejected_logp",
-    "contrasted",
-    "capped",
-    "cut",
-    "tokens",
-    "positions",
+    "reward_chosen",
+    "reward_rejected",
+    "teacher_term",
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Totals:
-    """A worker's figures of one step: workers add up the sums and keep the largest gradient."""
+    """A worker's figures of one step, by name: float64 scalars on the CPU."""
 
-    sums: Tensor  # float64, one for each of SUMS
-    largest_gradient: Tensor  # float64, of the odds-ratio loss to a negative's log-probability
+    figures: dict[str, Tensor] = field(default_factory=dict)
 
+    def add(self, figures: dict[str, Tensor]) -> None:
+        """Count a micro-batch's."""
+        for name, value in figures.items():
+            before = self.figures.get(name, torch.zeros((), dtype=torch.float64))
+            join = torch.maximum if name == _LARGEST else torch.add
+            self.figures[name] = join(before, value.detach().double().to(before.device))
 
-@dataclass(frozen=True)
-class PairBatch:
-    """A micro-batch as tensors, and which spans are the pairs' parts."""
-
-    tokens: TokenBatch
-    prompts: list[int]  # spans of the prompts, one a pair
-    chosen: list[int]  # one a pair
-    contrasted: list[int]  # indices of pairs that have a negative
-    rejected: list[int]  # spans of the negatives, one for each of `contrasted`
+    def reduce(self, group: dist.ProcessGroup | None) -> None:
+        """Make them those of all workers of `group`, who have the same names."""
+        if _LARGEST in self.figures:
+            dist.all_reduce(self.figures[_LARGEST], dist.ReduceOp.MAX, group=group)
+        names = sorted(self.figures.keys() - {_LARGEST})
+        sums = torch.stack([self.figures[name] for name in names])
+        dist.all_reduce(sums, group=group)
+        self.figures |= dict(zip(names, sums, strict=True))
 
 
 def collate_pairs(
@@ -73,42 +65,22 @@ def collate_pairs(
                 rows.append(Row(pair.prompt, [pair.rejected]))
                 spans += 2
             rejected.append(spans - 1)
-    return PairBatch(collate(rows, pad_id), prompts, chosen, contrasted, rejected)
+    anchors = _anchors(pairs)
+    return PairBatch(collate(rows, pad_id), prompts, chosen, contrasted, rejected, anchors)
 
 
-def pair_losses(
-    token_logps: Tensor, batch: PairBatch, counts: BatchCounts, training: Training
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """A micro-batch's part of the global batch's loss (a scalar), and its detached figures.
-
-    The loss is NLL / nll_tokens + odds_ratio_weight * contrast / pairs, both counts being those of
-    the global batch, so that the parts of all micro-batches and workers add up to its loss. A pair
-    without a negative adds 0 to the contrast and counts.
-    """
-    sums = batch.tokens.span_sums(token_logps)
-    nll = -(sums[batch.chosen].sum() + sums[batch.prompts].sum())
-    means = mean_log_probability(sums, batch.tokens.counts)
-    chosen, rejected = means[batch.chosen], means[batch.rejected]
-    opposite, cap = chosen[batch.contrasted], training.odds_gradient_cap
-    figures = contrast_figures(opposite, rejected)
-    gradient = rejected_gradient(opposite, rejected)
-    if cap is not None:
-        rejected = cap_gradient(rejected, gradient, cap)
-    odds_ratio = odds_ratio_loss(opposite, rejected).sum()
-    loss = nll / counts.nll_tokens + training.odds_ratio_weight * odds_ratio / counts.pairs
-    figures["chosen_logp"] = chosen.detach()
-    totals = {name: values.sum() for name, values in figures.items()}
-    totals |= {"nll": nll.detach(), "odds_ratio": odds_ratio.detach()}
-    totals["capped"] = (gradient > (math.inf if cap is None else cap)).sum()
-    totals["largest_gradient"] = gradient.max() if len(gradient) else gradient.sum()
-    return loss, totals
+def _anchors(pairs: Sequence[TokenPair]) -> dict[str, Tensor]:
+    given = [asdict(pair.anchors) for pair in pairs]
+    return {
+        name: torch.tensor([values[name] for values in given], dtype=torch.float64)
+        for name in asdict(Anchors())
+    }
 
 
 def accumulate(
     model: nn.Module,
     micro_batches: Iterable[MicroBatch],
-    counts: BatchCounts,
-    training: Training,
+    objective: Objective,
     collator: Callable[[Sequence[TokenPair]], PairBatch],
     backward: Callable[[Tensor, MicroBatch], None],
 ) -> Totals:
@@ -118,18 +90,14 @@ def accumulate(
     global batch's loss, over this worker's share.
     """
     device = next(model.parameters()).device
-    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
-    largest = torch.zeros((), dtype=torch.float64, device=device)
+    totals = Totals()
     for micro in micro_batches:
         batch = collator(micro.pairs)
-        on_device = PairBatch(**(vars(batch) | {"tokens": batch.tokens.to(device)}))
-        loss, figures = pair_losses(model(on_device.tokens), on_device, counts, training)
+        loss, figures = objective.loss(model, batch.to(device))
         backward(loss * 0 if micro.filler else loss, micro)
-        if not micro.filler:
-            figures |= _sizes(batch, micro)
-            sums += torch.stack([figures[name].to(device, torch.float64) for name in SUMS])
-            largest = torch.maximum(largest, figures["largest_gradient"])
-    return Totals(sums.cpu(), largest.cpu())
+        figures |= _sizes(batch, micro)
+        totals.add({n: value * 0 for n, value in figures.items()} if micro.filler else figures)
+    return totals
 
 
 def _sizes(batch: PairBatch, micro: MicroBatch) -> dict[str, Tensor]:
@@ -142,23 +110,45 @@ def _sizes(batch: PairBatch, micro: MicroBatch) -> dict[str, Tensor]:
     return {name: torch.tensor(size) for name, size in sizes.items()}
 
 
-def describe_step(totals: Totals, counts: BatchCounts, training: Training) -> dict[str, float]:
+def log_ratio_to_unrelated(
+    model: nn.Module, micro_batches: Iterable[MicroBatch], pad_id: int
+) -> Tensor:
+    """KTO's estimate of the KL before its division: a worker's sum over pairs (nats, a scalar).
+
+    The sum of log policy(y') - log reference(y') with y' an answer to another prompt (arXiv:
+    2402.01306, section 4.1). Without gradients.
+    """
+    device = next(model.parameters()).device
+    total = torch.zeros((), dtype=torch.float64)
+    for micro in micro_batches:
+        rows = [Row(pair.prompt, [pair.unrelated or []]) for pair in micro.pairs]
+        batch = collate(rows, pad_id)
+        with torch.no_grad():
+            logps = model(batch.to(device)).double().cpu()
+        policy = batch.span_sums(logps).sum()
+        reference = sum(pair.anchors.reference_unrelated for pair in micro.pairs)
+        total += 0 if micro.filler else policy - reference
+    return total
+
+
+def describe_step(totals: Totals, objective: Objective) -> dict[str, float]:
     """The figures of a step from totals that are reduced over all workers."""
-    total = dict(zip(SUMS, totals.sums.tolist(), strict=True))
-    contrasted = max(total["contrasted"], 1)
-    nll, odds_ratio = total["nll"] / counts.nll_tokens, total["odds_ratio"] / counts.pairs
+    found = {name: value.item() for name, value in totals.figures.items()}
+    counts, contrasted = objective.counts, found.pop("contrasted")
+    padding = 1 - found["tokens"] / found.pop("positions")
+    divisors = _divisors(objective, max(contrasted, 1))
     return {
-        "loss": nll + training.odds_ratio_weight * odds_ratio,
-        "nll": nll,
-        "odds_ratio": odds_ratio,
-        "margin": total["margin"] / contrasted,
-        "accuracy": total["accuracy"] / contrasted,
-        "chosen_logp": total["chosen_logp"] / counts.pairs,
-        "rejected_logp": total["rejected_logp"] / contrasted,
-        "padding": 1 - total["tokens"] / total["positions"],
-        "without_negative": counts.pairs - total["contrasted"],
-        "largest_gradient": float(totals.largest_gradient),
-        "capped": total["capped"],
-        "cut": total["cut"],
-        "tokens": total["tokens"],
+        **{name: value / divisors.get(name, 1) for name, value in found.items()},
+        "padding": padding,
+        "without_negative": counts.pairs - contrasted,
+    }
+
+
+def _divisors(objective: Objective, contrasted: float) -> dict[str, float]:
+    counts, training = objective.counts, objective.training
+    return {
+        "nll": counts.nll_tokens if training.nll_reduction == "token" else counts.pairs,
+        "preference": counts.answers if training.method == "kto" else counts.pairs,
+        **dict.fromkeys(("odds_ratio", "kl", "chosen_logp"), counts.pairs),
+        **dict.fromkeys(_OF_CONTRASTED, contrasted),
     }

@@ -22,21 +22,21 @@ from cluster.session import result_of
 from pipeline.chat import Chat, load_chat
 from pipeline.logprobs import shares_prompts
 from pipeline.models import resolve_model
-from pipeline.rows import Pair, from_table
-from training.batches import (
-    BatchCounts,
-    TokenPair,
-    count_batch,
-    global_batches,
-    micro_batches,
-    tokenize_pair,
-)
+from training.batches import MicroBatch, TokenPair, count_batch, global_batches, micro_batches
 from training.checkpoints import gather_weights, write_checkpoint
-from training.engine import TrainingEngine, load_student, use_threads
+from training.engine import TrainingEngine, load_student, load_teacher, use_threads
+from training.examples import Examples
 from training.finite import FiniteCheck
+from training.objectives import Objective
 from training.optimizer_state import load_state, save_state
 from training.schedule import count_steps, learning_rate
-from training.step import Totals, accumulate, collate_pairs, describe_step
+from training.step import (
+    Totals,
+    accumulate,
+    collate_pairs,
+    describe_step,
+    log_ratio_to_unrelated,
+)
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,15 @@ class Worker:
         self.base = resolve_model(self.config.student.model)
         student = self.config.student
         self.chat: Chat = load_chat(self.base, student.chat_template, student.trust_remote_code)
-        self.pairs_per_epoch = len(self._read_pairs(1))
+        self.pairs_per_epoch = len(self._examples(1))
         self.steps = count_steps(self.pairs_per_epoch, self.training.global_batch)
         torch.manual_seed(self.config.run.seed)
         model = load_student(self.base, self.config)
-        self.share_prompts = shares_prompts(model.config)
         self.engine = TrainingEngine(model, self.training, workers)
         self.finite = FiniteCheck(model.parameters())
+        self.teacher = load_teacher(self.config, self.engine.deepspeed.device)
+        readers = [model, *([self.teacher.model] if self.teacher else [])]
+        self.share_prompts = all(shares_prompts(reader.config) for reader in readers)
         self._resume()
 
     @property
@@ -129,14 +131,14 @@ class Worker:
                 "training.resample_timeout_s, or add engines (engines.max_engines)"
             ) from None
 
-    def _read_pairs(self, epoch: int) -> list[Pair]:
-        return from_table(Pair, storage.read_table(self.run.pairs(epoch)))
+    def _examples(self, epoch: int) -> Examples:
+        return Examples(self.run, epoch, self.config, self.chat)
 
     def _train_epoch(self, epoch: int) -> None:
-        pairs = self._read_pairs(epoch)
-        if len(pairs) != self.pairs_per_epoch:
+        examples = self._examples(epoch)
+        if len(examples) != self.pairs_per_epoch:
             raise RunError(
-                f"epoch {epoch} has {len(pairs)} pairs, expected {self.pairs_per_epoch} as in "
+                f"epoch {epoch} has {len(examples)} pairs, expected {self.pairs_per_epoch} as in "
                 f"epoch 1, on which the learning rate's schedule rests: look at {self.run.pairs(1)}"
             )
         # Dropout then repeats in a run that was interrupted.
@@ -145,27 +147,24 @@ class Worker:
         title = f"epoch {epoch}/{self.training.epochs}"
         shown = self.rank == 0 and self.assignment.board is not None
         with progress(title, self.steps) if shown else nullcontext() as bar:
-            for number, indices in enumerate(global_batches(len(pairs), size, seed, epoch), 1):
-                figures = self._step(epoch, number, [pairs[index] for index in indices])
+            for number, indices in enumerate(global_batches(len(examples), size, seed, epoch), 1):
+                figures = self._step(epoch, number, [examples[index] for index in indices])
                 if self.rank == 0:
                     self.run.record(stage="train", epoch=epoch, **figures)
                 if bar:
-                    bar.advance(1, **{name: figures[name] for name in ("loss", "margin")})
+                    bar.advance(1, **{n: figures[n] for n in ("loss", "margin") if n in figures})
 
-    def _step(self, epoch: int, number: int, pairs: list[Pair]) -> dict[str, float]:
+    def _step(self, epoch: int, number: int, batch: list[TokenPair]) -> dict[str, float]:
         started, training = time.monotonic(), self.training
         step = (epoch - 1) * self.steps + number
-        contrast = training.method == "orpo"
-        batch = [tokenize_pair(pair, self.chat, training.max_length, contrast) for pair in pairs]
-        counts = count_batch(batch, training.nll_scope == "full")
-        totals = self._forward_backward(batch, counts)
+        objective = self._objective(batch)
+        totals = self._forward_backward(batch, objective)
         self._stop_if_not_finite(step)
-        dist.all_reduce(totals.sums, group=self.control)
-        dist.all_reduce(totals.largest_gradient, dist.ReduceOp.MAX, group=self.control)
+        totals.reduce(self.control)
         total = self.steps * training.epochs
         rate = learning_rate(step, total, training.learning_rate, training.warmup_share)
         norm = self.engine.step(rate)
-        figures = describe_step(totals, counts, training)
+        figures = describe_step(totals, objective)
         speed = figures.pop("tokens") / (time.monotonic() - started)
         return (
             {"step": step, "steps": total}
@@ -177,21 +176,32 @@ class Worker:
             }
         )
 
-    def _forward_backward(self, batch: list[TokenPair], counts: BatchCounts) -> Totals:
-        training = self.training
+    def _objective(self, batch: list[TokenPair]) -> Objective:
+        counts = count_batch(batch, self.training.nll_scope == "full")
+        if self.training.method != "kto":
+            return Objective(self.training, counts, teacher=self.teacher)
+        share = self._share(batch)
+        divergence = log_ratio_to_unrelated(self.engine.scorer, share, self.chat.pad_id)
+        dist.all_reduce(divergence, group=self.control)
+        return Objective(self.training, counts, divergence / counts.pairs, self.teacher)
+
+    def _share(self, batch: list[TokenPair]) -> list[MicroBatch]:
+        return micro_batches(batch, self.training.micro_batch, self.workers, self.rank)
+
+    def _forward_backward(self, batch: list[TokenPair], objective: Objective) -> Totals:
         collator = partial(
             collate_pairs,
             pad_id=self.chat.pad_id,
             share_prompts=self.share_prompts,
-            score_prompt=training.nll_scope == "full",
+            score_prompt=self.training.nll_scope == "full",
         )
 
-        def backward(loss: torch.Tensor, micro: Any) -> None:
+        def backward(loss: torch.Tensor, micro: MicroBatch) -> None:
             self.engine.backward(loss)
             self.finite.add(loss, micro)
 
-        share = micro_batches(batch, training.micro_batch, self.workers, self.rank)
-        return accumulate(self.engine.scorer, share, counts, training, collator, backward)
+        share = self._share(batch)
+        return accumulate(self.engine.scorer, share, objective, collator, backward)
 
     def _stop_if_not_finite(self, step: int) -> None:
         gathered: list[Any] = [None] * self.workers

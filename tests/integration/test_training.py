@@ -20,13 +20,15 @@ from cluster import storage
 from cluster.config import RunConfig, parse_config
 from cluster.errors import RunError
 from cluster.run_folder import RunFolder
+from pipeline.anchors import asked_of
 from pipeline.chat import load_chat
 from pipeline.logprobs import ResponseLogProbs
-from pipeline.rows import Pair, to_table
+from pipeline.rows import Anchor, Pair, to_table
 from training.batches import count_batch, global_batches, tokenize_pair
 from training.engine import DTYPES
+from training.objectives import Objective
 from training.stage import train
-from training.step import collate_pairs, pair_losses
+from training.step import collate_pairs
 
 pytestmark = pytest.mark.integration
 
@@ -69,6 +71,18 @@ def _publish_pairs(run: RunFolder, epoch: int, count: int = PAIRS) -> None:
     table = to_table(Pair, [_pair(index, epoch) for index in range(count)])
     storage.write_table(table, UPath(staging / "pairs.parquet"))
     storage.publish_folder(staging, run.pairs(epoch))
+
+
+def _publish_scores(run: RunFolder, config: RunConfig) -> None:
+    """Scores of the first epoch's pairs as if reference and teacher found a token's chance 1/e."""
+    pairs = [_pair(index, 1) for index in range(PAIRS)]
+    chat = load_chat(Path(config.student.model))
+    anchors = [
+        Anchor(reader, text.key, "model", -float(len(chat.response_ids(text.response, True))), 1)
+        for reader in config.scored_by
+        for text in asked_of(reader, pairs, config, chat)
+    ]
+    storage.write_table(to_table(Anchor, anchors), run.scores(1))
 
 
 @ray.remote(num_cpus=0)
@@ -232,11 +246,35 @@ def test_a_run_may_go_on_with_other_workers_and_another_zero_stage(
 def test_sft_learns_without_negatives(tiny_gemma, tmp_path):
     run = _train(tmp_path, tiny_gemma, method="sft", epochs=1, learning_rate=5e-3)
     lines = _metrics(run)
-    assert all(line["odds_ratio"] == 0 and line["loss"] == line["nll"] for line in lines)
+    assert all(line["loss"] == line["nll"] for line in lines)
+    assert all("margin" not in line for line in lines)
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert AutoModelForCausalLM.from_pretrained(str(run.checkpoint(1))).config.model_type == (
         "gemma3_text"
     )
+
+
+PREFERENCES = {
+    "dadpo": {"method": "dadpo"},
+    "dadpo with KL": {"method": "dadpo", "kl_weight": 0.2},
+    "kto": {"method": "kto"},
+}
+
+
+@pytest.mark.parametrize("training", PREFERENCES.values(), ids=PREFERENCES)
+def test_preferences_are_learned_alike_by_one_worker_and_by_two(training, tiny_llama, tmp_path):
+    both = []
+    for layout in ({}, {"workers": 2, "micro_batch": 1, "zero_stage": 2}):
+        run = RunFolder(UPath(tmp_path / str(len(both))))
+        settings = training | {"epochs": 1, "global_batch": 4} | layout
+        _publish_pairs(run, 1)
+        _publish_scores(run, _config(run.root, tiny_llama, **settings))
+        both.append(_metrics(_train(run.root, tiny_llama, **settings)))
+    for one, two in zip(*both, strict=True):
+        shared = one.keys() - {"tokens_per_second", "padding"}
+        assert {n: two[n] for n in shared} == pytest.approx({n: one[n] for n in shared}, abs=1e-5)
+    assert ("kl" in one) == ("kl_weight" in training)
+    assert both[0][-1]["preference"] < both[0][0]["preference"]
 
 
 def test_a_lora_checkpoint_is_merged_into_an_ordinary_model(tiny_llama, tmp_path):
@@ -268,8 +306,7 @@ def _first_loss(run: RunFolder, model: Path, epoch: int) -> float:
     counts = count_batch(pairs, score_prompt=False)
     batch = collate_pairs(pairs, chat.pad_id, share_prompts=False, score_prompt=False)
     with torch.no_grad():
-        logps = ResponseLogProbs(student)(batch.tokens)
-    return pair_losses(logps, batch, counts, training)[0].item()
+        return Objective(training, counts).loss(ResponseLogProbs(student), batch)[0].item()
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_pairs(tiny_llama, tmp_path):
