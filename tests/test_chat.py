@@ -7,7 +7,7 @@ from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
 from cluster.errors import BadInputError
-from pipeline.chat import Chat, check_chat, check_same_tokenizer, read_template
+from pipeline.chat import Chat, check_chat, check_same_tokenizer, load_chat, read_template
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
