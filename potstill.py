@@ -10,9 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
-from cluster.config import RunConfig, load_config
+from cluster.config import RunConfig
 from cluster.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, BadInputError, RunError
 from cluster.progress import complain, console, hush, say, watched_board
+from cluster.recipes import load_recipe
 from cluster.run_folder import RunFolder, check_recipe, open_run
 from cluster.session import ray_session, result_of, starts_own_cluster
 from cluster.storage import cache_folder, location
@@ -39,12 +40,7 @@ RunPath = Annotated[str, typer.Argument(help="The folder or URL of a run.")]
 @app.command()
 def plan(config: Config, overrides: Overrides = None, arm: Arm = None) -> None:
     """Print what a run would do and cost, and all it would refuse. Starts no model."""
-    from pipeline.plan import describe_plan, plan_run
-
-    described = plan_run(load_config(config, overrides, arm))
-    console().print(describe_plan(described, with_prompts=True))
-    if described.refusals:
-        raise BadInputError("; ".join(described.refusals))
+    _check(load_recipe(config, overrides, arm), with_prompts=True)
 
 
 @app.command()
@@ -52,17 +48,17 @@ def run(config: Config, overrides: Overrides = None, arm: Arm = None) -> None:
     """Sample, pair, train, resample, serve and evaluate; goes on where an earlier try stopped."""
     from evals.stage import evaluate
 
-    folder, settings = _start(config, overrides, arm)
-    with _data_plane(folder, settings) as (resampler, board):
-        _train(folder, settings, resampler, board)
-        evaluate(folder, settings)
-    _finish(folder, settings)
+    for folder, settings in _stages(config, overrides, arm):
+        with _data_plane(folder, settings) as (resampler, board):
+            _train(folder, settings, resampler, board)
+            evaluate(folder, settings)
+        _finish(folder, settings)
 
 
 @app.command()
 def sample(config: Config, overrides: Overrides = None, arm: Arm = None) -> None:
-    """Only sample and grade, and draw the pairs of the first epoch."""
-    folder, settings = _start(config, overrides, arm)
+    """Only sample and grade, and draw the pairs of the first epoch (of a recipe's first stage)."""
+    folder, settings = next(_stages(config, overrides, arm))
     with _data_plane(folder, settings) as (resampler, _):
         result_of(resampler.prepare_epoch.remote(1))
     say(f"traces: {folder.root / 'completions'}, pairs: {folder.pairs(1)}")
@@ -71,15 +67,23 @@ def sample(config: Config, overrides: Overrides = None, arm: Arm = None) -> None
 @app.command()
 def train(config: Config, overrides: Overrides = None, arm: Arm = None) -> None:
     """Sample, pair, train and resample, without the evaluation."""
-    folder, settings = _start(config, overrides, arm)
-    with _data_plane(folder, settings) as (resampler, board):
-        _train(folder, settings, resampler, board)
-    say(f"students: {folder.root / 'checkpoints'}")
+    for folder, settings in _stages(config, overrides, arm):
+        with _data_plane(folder, settings) as (resampler, board):
+            _train(folder, settings, resampler, board)
+        say(f"students: {folder.root / 'checkpoints'}")
 
 
-def _start(path: Path, overrides: list[str] | None, arm: str | None) -> tuple[RunFolder, RunConfig]:
-    config = load_config(path, overrides, arm)
-    _preflight(config)
+def _stages(
+    path: Path, overrides: list[str] | None, arm: str | None
+) -> Iterator[tuple[RunFolder, RunConfig]]:
+    """The stages of a recipe, each opened when its turn comes, after a look at all of them."""
+    configs = load_recipe(path, overrides, arm)
+    _check(configs)
+    for config in configs:
+        yield _open(config), config
+
+
+def _open(config: RunConfig) -> RunFolder:
     goes_on = check_recipe(config).config_file.exists()
     folder = open_run(config)
     hush(folder.log_file)
@@ -87,16 +91,21 @@ def _start(path: Path, overrides: list[str] | None, arm: str | None) -> tuple[Ru
         say(f"going on with the run in {folder.root}")
         for line in folder.describe(config.training.epochs):
             say(f"  {line}")
-    return folder, config
+    return folder
 
 
-def _preflight(config: RunConfig) -> None:
+def _check(configs: list[RunConfig], with_prompts: bool = False) -> None:
+    """Print the plan of each stage. Raises BadInputError for all that they would refuse."""
     from pipeline.plan import describe_plan, plan_run
 
-    planned = plan_run(config)
-    if planned.refusals:
-        raise BadInputError("; ".join(planned.refusals))
-    console().print(describe_plan(planned))
+    plans = [plan_run(config) for config in configs]
+    refusals = dict.fromkeys(refusal for planned in plans for refusal in planned.refusals)
+    if refusals and not with_prompts:
+        raise BadInputError("; ".join(refusals))
+    for planned in plans:
+        console().print(describe_plan(planned, with_prompts))
+    if refusals:
+        raise BadInputError("; ".join(refusals))
 
 
 @contextmanager

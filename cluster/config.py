@@ -1,13 +1,10 @@
-"""Reading a run's configuration: YAML, overrides from the command line, one clear error each."""
+"""A run's configuration as a whole: what must go together, and one clear error for what cannot."""
 
-from pathlib import Path
 from typing import Any, Self
 
-import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
 from cluster import sections
-from cluster.arms import options_of
 from cluster.errors import BadInputError
 from cluster.sections import EXECUTION, Section
 
@@ -19,6 +16,9 @@ class RunConfig(Section):
     task: sections.Task
     teacher: sections.Teacher
     student: sections.Model
+    base_student: sections.Model | None = None
+    """Whose wrong traces are N_0; null takes the student. Set for a later stage of a recipe, whose
+    student has learned already: daDPO's negatives are the original student's."""
     cluster: sections.Cluster = sections.Cluster()
     sampling: sections.Sampling = sections.Sampling()
     engines: sections.Engines = sections.Engines()
@@ -151,80 +151,12 @@ def _pair_rules(config: RunConfig) -> list[Rule]:
     ]
 
 
-def load_config(
-    path: str | Path, overrides: list[str] | None = None, arm: str | None = None
-) -> RunConfig:
-    """Read `path`, and apply an arm's options and then overrides such as "training.epochs=2".
-
-    Raises BadInputError for a missing file, broken YAML, unknown keys, wrong types and
-    combinations that cannot work.
-    """
-    raw = _read_yaml(Path(path))
-    for key, value in (options_of(arm) if arm else {}).items():
-        _set_option(raw, key, value, f"arm {arm!r}")
-    for override in overrides or []:
-        _apply_override(raw, override)
-    changes = [f"--arm {arm}"] * bool(arm) + (overrides or [])
-    return parse_config(raw, source=" ".join([str(path), *["with"] * bool(changes), *changes]))
-
-
 def parse_config(raw: Any, source: str) -> RunConfig:
     """Validate a configuration that is already read; `source` names it in errors."""
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
         raise BadInputError(f"{source}: {_describe(error)}") from None
-
-
-class _SafeLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, which of two equal keys drops the first: here they are refused."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """The mapping of a node. Raises MarkedYAMLError for a key that it has twice."""
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.MarkedYAMLError(
-                    problem=f"{key!r} is there twice", problem_mark=node.start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise BadInputError(f"no configuration at {path}: give the path of a YAML file")
-    try:
-        raw = _SafeLoader(path.read_text(encoding="utf-8")).get_single_data()
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        raise BadInputError(
-            f"{path} holds {type(raw).__name__}, expected sections such as task: and teacher:"
-        )
-    return raw
-
-
-def _apply_override(raw: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or "." not in key:
-        raise BadInputError(
-            f"override {override!r} is not of the form section.key=value, such as training.epochs=2"
-        )
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise BadInputError(f"override {override!r} has no YAML value: {error}") from None
-    _set_option(raw, key, value, f"override {override!r}")
-
-
-def _set_option(raw: dict[str, Any], key: str, value: Any, source: str) -> None:
-    *parents, last = key.split(".")
-    target = raw
-    for parent in parents:
-        target = target.setdefault(parent, {})
-        if not isinstance(target, dict):
-            raise BadInputError(f"{source}: {parent} is not a section")
-    target[last] = value
 
 
 def _describe(error: ValidationError) -> str:

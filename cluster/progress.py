@@ -45,13 +45,15 @@ def hush(log_file: Path) -> None:
     """From now on, let the process's standard streams go to `log_file`, and only ours to the user.
 
     Done on the file descriptors, because C++ libraries and child processes write there. Of an
-    error that nobody catches, the user sees one line, and the log has the traceback.
+    error that nobody catches, the user sees one line, and the log has the traceback. Another call
+    changes the log.
     """
     log_file.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
-    for ours, stream in ((_console, sys.stdout), (_errors, sys.stderr)):
-        ours.file = os.fdopen(os.dup(stream.fileno()), "w", buffering=1)
+    if sys.excepthook is sys.__excepthook__:  # else ours have been kept apart already
+        for ours, stream in ((_console, sys.stdout), (_errors, sys.stderr)):
+            ours.file = os.fdopen(os.dup(stream.fileno()), "w", buffering=1)
     log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)

@@ -121,8 +121,10 @@ class RunFolder:
     def load_config(self) -> RunConfig:
         """The configuration that this run was started with."""
         if not self.config_file.exists():
+            stages = sorted(found.parent.name for found in self.root.glob("*/config.yaml"))
+            there = f" (it has the stages {', '.join(stages)})" if stages else ""
             raise BadInputError(
-                f"no run in {self.root}: expected config.yaml there; give a run's folder"
+                f"no run in {self.root}: expected config.yaml there{there}; give a run's folder"
             )
         return parse_config(yaml.safe_load(self.config_file.read_text()), str(self.config_file))
 

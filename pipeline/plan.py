@@ -17,6 +17,7 @@ from cluster.errors import BadInputError
 from cluster.run_folder import check_recipe
 from cluster.sections import Model
 from cluster.session import refuse_taken_port, refuse_too_few_cpus, starts_own_cluster
+from cluster.storage import is_published, location
 from pipeline.chat import Chat, check_chat, check_same_tokenizer, load_chat
 from pipeline.models import resolve_model
 from pipeline.pairs import draws_from_latest
@@ -77,7 +78,7 @@ def plan_run(config: RunConfig) -> Plan:
     if splits is None:
         return plan
     teacher = plan.check(lambda: _probe("teacher", config.teacher, config, splits))
-    student = plan.check(lambda: _probe("student", config.student, config, splits))
+    student = plan.check(lambda: _probe("student", _student(config), config, splits))
     if teacher and student:
         plan.check(lambda: _check_training_length(config, student))
         if config.training.kl_weight:
@@ -85,6 +86,13 @@ def plan_run(config: RunConfig) -> Plan:
         _plan_models(plan, config, teacher, student)
         _plan_work(plan, config, len(splits["train"]), teacher, student)
     return plan
+
+
+def _student(config: RunConfig) -> Model:
+    """The student, or the one that an earlier stage will make it of, of the same shape."""
+    earlier = config.base_student
+    made = is_published(location(config.student.model)) if earlier else True
+    return config.student if made or earlier is None else earlier
 
 
 def _whereabouts(config: RunConfig) -> str:

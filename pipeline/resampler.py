@@ -25,6 +25,7 @@ from pipeline.store import SampleStore, ScoreStore
 from pipeline.tasks import load_prompts, user_message
 
 COUNTS_FILE = "counts.json"
+_REFERENCE = "reference"  # the student as this stage of the recipe found it
 
 
 class MixedPolicyResampler:
@@ -98,7 +99,7 @@ class MixedPolicyResampler:
         )
         if not self._config.scored_by:
             return drawn
-        chat = self._writer(student_name(0), 0).chat
+        chat = self._writer(_REFERENCE, 0).chat
         return fit_pairs(drawn, chat, self._config.training.max_length)
 
     def _score(self, epoch: int, pairs: list[Pair]) -> None:
@@ -106,7 +107,7 @@ class MixedPolicyResampler:
         if not self._config.scored_by:
             return
         store = ScoreStore(storage.location(self._config.run.store))
-        student, anchors = self._writer(student_name(0), 0), []
+        student, anchors = self._writer(_REFERENCE, 0), []
         for name in self._config.scored_by:
             reader = self._writer("teacher", 0) if name == "teacher" else student
             texts = asked_of(name, pairs, self._config, student.chat)
@@ -164,9 +165,14 @@ class MixedPolicyResampler:
 
     def _writer(self, name: str, epoch: int) -> Writer:
         kind = self._prompts[0].kind
-        section: Model = self._config.teacher if name == "teacher" else self._config.student
+        config = self._config
+        sections: dict[str, Model] = {
+            "teacher": config.teacher,
+            student_name(0): config.base_student or config.student,
+        }
+        section = sections.get(name, config.student)
         reference = str(self._run.checkpoint(epoch)) if epoch else section.model
-        return make_writer(name, reference, section, self._config, kind)
+        return make_writer(name, reference, section, config, kind)
 
     def _publish(self, epoch: int, pairs: list[Pair], counts: dict[str, int]) -> None:
         folder = self._run.pairs(epoch)

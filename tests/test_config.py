@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from cluster.arms import arms
-from cluster.config import load_config, recipe_of
+from cluster.config import recipe_of
 from cluster.errors import BadInputError
+from cluster.recipes import load_config
 
 MINIMAL = {
     "run": {"folder": "runs/x"},
