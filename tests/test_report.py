@@ -160,3 +160,20 @@ def test_results_are_json_numbers(run):
     assert result["accuracy"] == 0.25
     assert result["accuracy_given_parsed"] == 1.0
     assert result["unparsed"] == 0.75
+
+
+METHODS = [
+    ({"method": "orpo"}, "lambda = 1.0."),
+    ({"method": "sft", "kl_weight": 0.2}, "(NLL alone), with the reverse KL to the teacher"),
+    ({"method": "dadpo", "teacher_weight": 0.3}, "beta 2 = 0.3 (teacher)."),
+    ({"method": "kto"}, "KTO (arXiv:2402.01306), beta = 0.1."),
+]
+
+
+@pytest.mark.parametrize(("training", "words"), METHODS)
+def test_the_card_names_the_method(run, config, training, words):
+    method = config.training.model_copy(update=training)
+    write_report(run, config.model_copy(update={"training": method}))
+    card = (run.root / "README.md").read_text()
+    assert words in card
+    assert "\n\n\n" not in card
