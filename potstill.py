@@ -129,7 +129,8 @@ def _train(folder: RunFolder, config: RunConfig, resampler: Any, board: Any) -> 
         return
     result_of(resampler.prepare_epoch.remote(1))
     train_student(folder, config, resampler, board)
-    result_of(resampler.release.remote())
+    if config.evaluation.through == "endpoint":
+        result_of(resampler.release.remote())
 
 
 def _finish(folder: RunFolder, config: RunConfig) -> None:

@@ -140,6 +140,9 @@ class Engines(Section):
     """Samples that travel, and are stored, together."""
     batches_in_flight: Execution[PositiveInt] = 4
     """Batches sent to each engine at once, so that its decoding batch stays full."""
+    pool: Execution[str | None] = None
+    """Name of a pool that runs use one after the other, so that it stays warm between them; null
+    gives each run its own."""
     between_epochs: Execution[Literal["keep", "release"]] = "keep"
     """Keep engines warm while the student trains, or release what they hold."""
     start_timeout_s: Execution[PositiveFloat] = 900
@@ -220,6 +223,9 @@ class Training(Section):
     epochs: NonNegativeInt = 5
     """Passes over the pairs, negatives drawn anew before each; 0 only evaluates the base student
     and the teacher."""
+    steps_per_epoch: PositiveInt | None = None
+    """Optimizer steps of an epoch, its pairs coming again or not all of them; null is one pass.
+    Arms with different numbers of pairs compare fairly at equal steps."""
     learning_rate: PositiveFloat = 5e-6
     """Peak learning rate of AdamW."""
     warmup_share: Share = 0.05
@@ -276,11 +282,14 @@ class Serving(Section):
 
 
 class Evaluation(Section):
-    """Greedy evaluation through the endpoint."""
+    """Greedy evaluation."""
 
     max_new_tokens: PositiveInt | None = None
     """Tokens of an evaluated answer; null takes sampling.max_new_tokens."""
+    through: Execution[Literal["endpoint", "engines"]] = "endpoint"
+    """endpoint serves the models as a user would ask them; engines samples greedily from the warm
+    pool, and keeps the answers in the store."""
     concurrency: Execution[PositiveInt] = 32
-    """Requests under way at once."""
+    """Requests to the endpoint under way at once."""
     request_timeout_s: Execution[PositiveFloat] = 600
     """How long one request may take before the client library tries again."""

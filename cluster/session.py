@@ -144,6 +144,12 @@ def app_name(config: RunConfig, part: str) -> str:
     return f"potstill-{part}-{storage.digest_text(folder)[:12]}"
 
 
+def pool_name(config: RunConfig) -> str:
+    """Ray Serve's names for the engines of this run start so: its own, or those it shares."""
+    shared = config.engines.pool
+    return app_name(config, "sampler") if shared is None else f"potstill-sampler-{shared}"
+
+
 def logical_cpus(config: RunConfig) -> int:
     """CPUs that a cluster of our own offers: room for all that holds some, and at least eight."""
     served = CPUS_PER_SERVED_MODEL * (config.training.epochs + 2)  # base and teacher

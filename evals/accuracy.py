@@ -114,10 +114,11 @@ async def _ask(client: Any, asking: Asking, prompt: Prompt) -> Answer:
     except openai.APIError as error:
         return Answer(prompt.prompt_id, "", None, None, None, f"{type(error).__name__}: {error}")
     choice = response.choices[0]
-    return _graded(prompt, choice.message.content or "", choice.finish_reason)
+    return graded(prompt, choice.message.content or "", choice.finish_reason)
 
 
-def _graded(prompt: Prompt, text: str, finish_reason: str | None) -> Answer:
+def graded(prompt: Prompt, text: str, finish_reason: str | None) -> Answer:
+    """A text as a graded answer."""
     return Answer(
         prompt_id=prompt.prompt_id,
         text=text,
@@ -148,17 +149,31 @@ def measure_accuracy(
     start = time.monotonic()
     answers = ask_all(asking, prompts, on_answer)
     _check_errors(asking, answers, max_error_share)
-    result = {
+    facts = {"model": asking.model, "url": asking.url, "max_tokens": asking.max_tokens}
+    return result_of_answers(prompts, answers, task, split, start) | facts, answers
+
+
+def result_of_answers(
+    prompts: Sequence[Prompt], answers: Sequence[Answer], task: str, split: str, start: float
+) -> dict[str, Any]:
+    """The record of an evaluation that began at `start` (time.monotonic), without its model.
+
+    Where the prompts are of several kinds, "by_kind" has the figures of each.
+    """
+    result: dict[str, Any] = {
         "task": task,
         "split": split,
-        "model": asking.model,
-        "url": asking.url,
-        "max_tokens": asking.max_tokens,
         "seconds": round(time.monotonic() - start, 1),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **describe(answers),
     }
-    return result, answers
+    kinds = {prompt.prompt_id: prompt.kind for prompt in prompts}
+    if len(set(kinds.values())) > 1:
+        result["by_kind"] = {
+            kind: describe([answer for answer in answers if kinds[answer.prompt_id] == kind])
+            for kind in sorted(set(kinds.values()))
+        }
+    return result
 
 
 def _check_errors(asking: Asking, answers: Sequence[Answer], max_error_share: float) -> None:

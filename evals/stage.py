@@ -1,5 +1,6 @@
-"""The evaluation stage of a run: every model, through the endpoint that serves it."""
+"""The evaluation stage of a run: every model, through an endpoint or the warm engines."""
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +11,20 @@ from cluster.config import RunConfig
 from cluster.progress import progress, say
 from cluster.run_folder import RunFolder
 from cluster.session import ray_session
-from evals.accuracy import Answer, Asking, answers_table, measure_accuracy
+from evals.accuracy import (
+    Answer,
+    Asking,
+    answers_table,
+    measure_accuracy,
+    result_of_answers,
+)
+from evals.through_engines import answers_of
 from pipeline.rows import Prompt
 from pipeline.tasks import load_prompts
 from serving.app import Endpoint, start_serving, stop_serving
 from serving.models import (
-    STUDENT,
+    BASE,
+    TEACHER,
     evaluation_name,
     in_turn,
     published_epochs,
@@ -31,6 +40,7 @@ _IDLE_S = 10.0
 class _Job:
     model_id: str
     split: str
+    epoch: int  # of a student; 0 for base and teacher
 
     @property
     def name(self) -> str:
@@ -45,8 +55,7 @@ def answers_file(result: UPath) -> UPath:
 def evaluate(run: RunFolder, config: RunConfig) -> None:
     """Evaluate base, teacher and every epoch's student on test, students on validation too.
 
-    Through the served endpoint; results that are there are kept. Models load one after the other
-    unless serving.resident="all". Starts Ray where it does not run; leaves no engine behind.
+    Results that are there are kept. Starts Ray where it does not run.
     """
     jobs = _jobs(run, config)
     missing = [job for job in jobs if not run.evaluation(job.name).exists()]
@@ -54,30 +63,37 @@ def evaluate(run: RunFolder, config: RunConfig) -> None:
         say(f"evaluation: {len(jobs) - len(missing)} of {len(jobs)} results reused")
     if not missing:
         return
-    wanted = {job.model_id for job in missing}
+    with ray_session(config):
+        if config.evaluation.through == "engines":
+            for job in missing:
+                _sample_job(job, run, config)
+        else:
+            _serve_jobs(missing, run, config)
+
+
+def _serve_jobs(jobs: list[_Job], run: RunFolder, config: RunConfig) -> None:
+    """Through the endpoint; models load one after the other unless serving.resident="all"."""
+    wanted = {job.model_id for job in jobs}
     models = [model for model in served_models(run, config) if model.model_id in wanted]
     if config.serving.resident == "best":
         models = in_turn(models)
-    with ray_session(config):
-        try:
-            endpoint = start_serving(models, config, idle_s=_IDLE_S)
-            for job in missing:
-                _run_job(job, endpoint, run, config)
-        finally:
-            stop_serving(config)
+    try:
+        endpoint = start_serving(models, config, idle_s=_IDLE_S)
+        for job in jobs:
+            _serve_job(job, endpoint, run, config)
+    finally:
+        stop_serving(config)
 
 
 def _jobs(run: RunFolder, config: RunConfig) -> list[_Job]:
-    models = served_models(run, config)
-    students = {student_id(epoch) for epoch in published_epochs(run, config)}
+    epochs = {student_id(epoch): epoch for epoch in published_epochs(run, config)}
     # With one epoch there is no best one to choose.
-    chosen = students if len(students) > 1 and _prompts(config, "validation") else set()
+    chosen = epochs if len(epochs) > 1 and _prompts(config, "validation") else {}
     return [
-        _Job(model.model_id, split)
-        for model in models
-        if model.model_id != STUDENT
+        _Job(model_id, split, epochs.get(model_id, 0))
+        for model_id in (BASE, TEACHER, *epochs)
         for split in ("validation", "test")
-        if split == "test" or model.model_id in chosen
+        if split == "test" or model_id in chosen
     ]
 
 
@@ -85,11 +101,23 @@ def _prompts(config: RunConfig, split: Any) -> list[Prompt]:
     return load_prompts(config.task, split, config.run.seed)
 
 
-def _run_job(job: _Job, endpoint: Endpoint, run: RunFolder, config: RunConfig) -> None:
+def _serve_job(job: _Job, endpoint: Endpoint, run: RunFolder, config: RunConfig) -> None:
     prompts = _prompts(config, job.split)
     say(f"evaluating {job.model_id} on {len(prompts)} {job.split} prompts")
     endpoint.warm(job.model_id)
-    result, answers = measure(endpoint.url, job.model_id, job.split, prompts, config)
+    _keep(job, run, *measure(endpoint.url, job.model_id, job.split, prompts, config))
+
+
+def _sample_job(job: _Job, run: RunFolder, config: RunConfig) -> None:
+    prompts, start = _prompts(config, job.split), time.monotonic()
+    say(f"evaluating {job.model_id} on {len(prompts)} {job.split} prompts")
+    answers = answers_of(job.model_id, job.epoch, prompts, run, config)
+    result = result_of_answers(prompts, answers, config.task.name, job.split, start)
+    facts = {"model": job.model_id, "max_tokens": config.evaluation_tokens}
+    _keep(job, run, result | facts, answers)
+
+
+def _keep(job: _Job, run: RunFolder, result: dict[str, Any], answers: list[Answer]) -> None:
     target = run.evaluation(job.name)
     storage.write_table(answers_table(answers), answers_file(target))
     storage.write_json(target, result)  # last: a result that is there is whole

@@ -208,7 +208,8 @@ def _plan_work(
     traces = prompts * samples
     per_prompt = min(samples, config.pairs.positives_per_prompt or samples)
     pairs = ceil(prompts * per_prompt * _ASSUMED_RIGHT)
-    steps = training.epochs * ceil(pairs / training.global_batch)
+    per_epoch = training.steps_per_epoch or ceil(pairs / training.global_batch)
+    steps = training.epochs * per_epoch
     row_tokens = min(
         student.longest_prompt + 2 * config.sampling.max_new_tokens, 2 * training.max_length
     )

@@ -12,7 +12,7 @@ from cluster.config import RunConfig
 from cluster.errors import RunError
 from cluster.progress import say
 from cluster.sections import Engines
-from cluster.session import app_name, start_serve
+from cluster.session import pool_name, start_serve
 from cluster.storage import digest_text
 from cluster.waiting import waiting
 from pipeline.engine import SamplingEngine, Weights
@@ -28,7 +28,7 @@ def ensure_engines(config: RunConfig, weights: Weights, on_gpu: bool) -> Any:
     from ray import serve
 
     start_serve(config)
-    name = f"{app_name(config, 'sampler')}-{weights.architecture[:12]}-{weights.dtype}"
+    name = f"{pool_name(config)}-{weights.architecture[:12]}-{weights.dtype}"
     for app in running_apps(config):
         if app != name:
             serve.delete(app)
@@ -102,7 +102,7 @@ def running_apps(config: RunConfig) -> list[str]:
     """Names of the run's pools that are up now."""
     from ray import serve
 
-    ours = app_name(config, "sampler")
+    ours = f"{pool_name(config)}-"
     return [name for name in serve.status().applications if name.startswith(ours)]
 
 

@@ -83,6 +83,15 @@ def test_an_epoch_takes_every_pair_once_and_only_the_last_batch_is_smaller(pairs
     assert batches == global_batches(pairs, size, seed, e)
 
 
+@given(st.integers(1, 50), st.integers(1, 9), st.integers(1, 12))
+def test_with_a_number_of_steps_pairs_come_again_as_evenly_as_can_be(pairs, size, steps):
+    batches = global_batches(pairs, size, 3, 1, steps)
+    assert [len(batch) for batch in batches] == [size] * steps
+    times = Counter(index for batch in batches for index in batch)
+    most = max(times.values())
+    assert all(times[index] in (most, most - 1) for index in range(pairs))
+
+
 def test_order_changes_with_epoch_and_seed():
     orders = {str(global_batches(50, 8, seed, epoch)) for seed in (0, 1) for epoch in (1, 2, 3)}
     assert len(orders) == 6

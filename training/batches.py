@@ -112,14 +112,21 @@ def tokenize_pair(
     return TokenPair(pair.prompt_id, prompt, chosen[:room], rejected, cut, other, anchors)
 
 
-def global_batches(pairs: int, size: int, seed: int, epoch: int) -> list[list[int]]:
-    """The epoch's batches, as indices into its pairs; the last may be smaller.
+def global_batches(
+    pairs: int, size: int, seed: int, epoch: int, steps: int | None = None
+) -> list[list[int]]:
+    """The epoch's batches, as indices into its pairs, in an order that follows from (seed, epoch).
 
-    Every pair comes once, in an order that follows from (seed, epoch).
+    Every pair comes once, and the last batch may be smaller. With `steps` there are so many whole
+    batches, for which the pairs come again in new orders, or only some of them do.
     """
-    order = list(range(pairs))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
-    return [order[start : start + size] for start in range(0, pairs, size)]
+    shuffling, order = random.Random(f"{seed}/{epoch}"), list[int]()
+    wanted = pairs if steps is None else steps * size
+    while len(order) < wanted:
+        again = list(range(pairs))
+        shuffling.shuffle(again)
+        order += again
+    return [order[start : min(start + size, wanted)] for start in range(0, wanted, size)]
 
 
 def count_batch(pairs: Sequence[TokenPair], score_prompt: bool) -> BatchCounts:

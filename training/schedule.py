@@ -3,9 +3,9 @@
 import math
 
 
-def count_steps(pairs: int, global_batch: int) -> int:
-    """Optimizer steps of an epoch; its last batch may be partial."""
-    return -(-pairs // global_batch)
+def count_steps(pairs: int, global_batch: int, steps_per_epoch: int | None = None) -> int:
+    """Optimizer steps of an epoch: one pass, whose last batch may be partial, or as many as set."""
+    return steps_per_epoch or -(-pairs // global_batch)
 
 
 def learning_rate(step: int, total_steps: int, peak: float, warmup_share: float) -> float:

@@ -79,7 +79,9 @@ class Worker:
         student = self.config.student
         self.chat: Chat = load_chat(self.base, student.chat_template, student.trust_remote_code)
         self.pairs_per_epoch = len(self._examples(1))
-        self.steps = count_steps(self.pairs_per_epoch, self.training.global_batch)
+        self.steps = count_steps(
+            self.pairs_per_epoch, self.training.global_batch, self.training.steps_per_epoch
+        )
         torch.manual_seed(self.config.run.seed)
         model = load_student(self.base, self.config)
         self.engine = TrainingEngine(model, self.training, workers)
@@ -143,11 +145,12 @@ class Worker:
             )
         # Dropout then repeats in a run that was interrupted.
         torch.manual_seed(Random(f"{self.config.run.seed}/{epoch}/{self.rank}").getrandbits(63))
-        size, seed = self.training.global_batch, self.config.run.seed
+        size, steps = self.training.global_batch, self.training.steps_per_epoch
+        batches = global_batches(len(examples), size, self.config.run.seed, epoch, steps)
         title = f"epoch {epoch}/{self.training.epochs}"
         shown = self.rank == 0 and self.assignment.board is not None
         with progress(title, self.steps) if shown else nullcontext() as bar:
-            for number, indices in enumerate(global_batches(len(examples), size, seed, epoch), 1):
+            for number, indices in enumerate(batches, 1):
                 figures = self._step(epoch, number, [examples[index] for index in indices])
                 if self.rank == 0:
                     self.run.record(stage="train", epoch=epoch, **figures)
