@@ -17,7 +17,8 @@ from pipeline.pool import release_engines
 from pipeline.resampler import MixedPolicyResampler
 from pipeline.rows import Pair, Sample, from_table
 from pipeline.sampling import make_writer, sample
-from pipeline.store import SampleStore
+from pipeline.scoring import Answered, score
+from pipeline.store import SampleStore, ScoreStore
 from pipeline.tasks import load_prompts
 
 pytestmark = pytest.mark.integration
@@ -193,3 +194,26 @@ def test_a_warm_engine_takes_new_weights(config, tiny_llama, tmp_path, prompts, 
     assert {key: row.text for key, row in back.items()} == {
         key: row.text for key, row in by_key(before).items()
     }
+
+
+ANSWERS = [
+    Answered("Tom has 3 pens. How many?", "He has 3. The answer is \\boxed{3}.", True),
+    Answered("Tom has 3 pens. How many?", "He has 3 and", False),
+    Answered("Anna had 9 apples.", "So Anna gave 4 away. " * 6, True),
+]
+
+
+def test_engines_and_a_forward_pass_agree_on_scores(session, config, tiny_llama, prompts, tmp_path):
+    section = config.student.model_copy(update={"dtype": "float32"})
+    reader = make_writer("student", str(tiny_llama), section, config, "number")
+    found = {}
+    for engine in ("vllm", "forward"):
+        store = ScoreStore(location(str(tmp_path / engine)))
+        chosen = with_options(config, scoring={"engine": engine})
+        found[engine] = score(reader, ANSWERS, chosen, store, on_gpu=False)
+        assert len(store.keys(reader.weights.digest)) == len(ANSWERS)
+    for text in ANSWERS:
+        by_engine, by_pass = found["vllm"][text], found["forward"][text]
+        assert by_engine.key == by_pass.key, "either may answer for the other"
+        assert by_engine.tokens == by_pass.tokens
+        assert by_engine.logp == pytest.approx(by_pass.logp, abs=2e-3)
