@@ -218,7 +218,7 @@ class Training(Section):
     """reverse is KL(student || teacher), forward KL(teacher || student)."""
     nll_scope: Literal["response", "full"] = "response"
     """Tokens whose NLL is learned: the response alone, or the prompt as well."""
-    nll_reduction: Literal["token", "pair"] = "token"
+    nll_reduction: Literal["tokens", "pairs"] = "tokens"
     """What the NLL is a mean over: the tokens of the global batch, or its pairs' own means."""
     epochs: NonNegativeInt = 5
     """Passes over the pairs, negatives drawn anew before each; 0 only evaluates the base student

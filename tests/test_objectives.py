@@ -184,7 +184,7 @@ def test_the_kl_is_torchs_own_on_chosen_answers(model, teacher, direction):
 
 def test_the_nll_may_be_a_mean_of_the_pairs_own_means(model):
     pairs = _pairs()
-    figures, _ = _run(model, pairs, Training(method="sft", nll_reduction="pair"))
+    figures, _ = _run(model, pairs, Training(method="sft", nll_reduction="pairs"))
     with torch.no_grad():
         means = [_sum(model, pair.prompt, pair.chosen) / len(pair.chosen) for pair in pairs]
     assert figures["nll"] == pytest.approx(-sum(means).item() / len(pairs), abs=1e-9)
@@ -195,7 +195,7 @@ def test_the_nll_may_be_a_mean_of_the_pairs_own_means(model):
 METHODS = {
     "dadpo": DADPO,
     "kto": KTO,
-    "sft by pair, with KL": Training(method="sft", nll_reduction="pair", kl_weight=0.4),
+    "sft by pair, with KL": Training(method="sft", nll_reduction="pairs", kl_weight=0.4),
     "dadpo with forward KL": DADPO.model_copy(update={"kl_weight": 0.2, "kl_direction": "forward"}),
 }
 

@@ -116,7 +116,7 @@ class _Responses:
 def _sft(responses: _Responses, objective: Objective) -> tuple[Tensor, Figures]:
     batch, counts = responses.batch, objective.counts
     sums = responses.sums[batch.chosen] + responses.sums[batch.prompts]
-    if objective.training.nll_reduction == "token":
+    if objective.training.nll_reduction == "tokens":
         nll = -sums.sum()
         loss = nll / counts.nll_tokens
     else:

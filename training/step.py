@@ -147,7 +147,7 @@ def describe_step(totals: Totals, objective: Objective) -> dict[str, float]:
 def _divisors(objective: Objective, contrasted: float) -> dict[str, float]:
     counts, training = objective.counts, objective.training
     return {
-        "nll": counts.nll_tokens if training.nll_reduction == "token" else counts.pairs,
+        "nll": counts.nll_tokens if training.nll_reduction == "tokens" else counts.pairs,
         "preference": counts.answers if training.method == "kto" else counts.pairs,
         **dict.fromkeys(("odds_ratio", "kl", "chosen_logp"), counts.pairs),
         **dict.fromkeys(_OF_CONTRASTED, contrasted),
