@@ -3,8 +3,6 @@
 import json
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,10 +10,9 @@ import typer
 
 from cluster.config import RunConfig
 from cluster.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, BadInputError, RunError
-from cluster.progress import complain, console, hush, say, watched_board
+from cluster.progress import complain, console, hush, say
 from cluster.recipes import load_recipe
-from cluster.run_folder import RunFolder, check_recipe, open_run
-from cluster.session import ray_session, result_of, starts_own_cluster
+from cluster.run_folder import RunFolder
 from cluster.storage import cache_folder, location
 
 app = typer.Typer(
@@ -40,105 +37,45 @@ RunPath = Annotated[str, typer.Argument(help="The folder or URL of a run.")]
 @app.command()
 def plan(config: Config, overrides: Overrides = None, arm: Arm = None) -> None:
     """Print what a run would do and cost, and all it would refuse. Starts no model."""
-    _check(load_recipe(config, overrides, arm), with_prompts=True)
+    from evals.runs import check_stages
+
+    check_stages(load_recipe(config, overrides, arm), with_prompts=True)
 
 
 @app.command()
 def run(config: Config, overrides: Overrides = None, arm: Arm = None) -> None:
     """Sample, pair, train, resample, serve and evaluate; goes on where an earlier try stopped."""
-    from evals.stage import evaluate
+    from evals.runs import open_stages, run_stage
 
-    for folder, settings in _stages(config, overrides, arm):
-        with _data_plane(folder, settings) as (resampler, board):
-            _train(folder, settings, resampler, board)
-            evaluate(folder, settings)
+    for folder, settings in open_stages(load_recipe(config, overrides, arm)):
+        run_stage(folder, settings)
         _finish(folder, settings)
 
 
 @app.command()
 def sample(config: Config, overrides: Overrides = None, arm: Arm = None) -> None:
     """Only sample and grade, and draw the pairs of the first epoch (of a recipe's first stage)."""
-    folder, settings = next(_stages(config, overrides, arm))
-    with _data_plane(folder, settings) as (resampler, _):
-        result_of(resampler.prepare_epoch.remote(1))
+    from evals.runs import open_stages, sample_stage
+
+    folder, settings = next(open_stages(load_recipe(config, overrides, arm)))
+    sample_stage(folder, settings)
     say(f"traces: {folder.root / 'completions'}, pairs: {folder.pairs(1)}")
 
 
 @app.command()
 def train(config: Config, overrides: Overrides = None, arm: Arm = None) -> None:
     """Sample, pair, train and resample, without the evaluation."""
-    for folder, settings in _stages(config, overrides, arm):
-        with _data_plane(folder, settings) as (resampler, board):
-            _train(folder, settings, resampler, board)
+    from evals.runs import open_stages, train_stage
+
+    for folder, settings in open_stages(load_recipe(config, overrides, arm)):
+        train_stage(folder, settings)
         say(f"students: {folder.root / 'checkpoints'}")
 
 
-def _stages(
-    path: Path, overrides: list[str] | None, arm: str | None
-) -> Iterator[tuple[RunFolder, RunConfig]]:
-    """The stages of a recipe, each opened when its turn comes, after a look at all of them."""
-    configs = load_recipe(path, overrides, arm)
-    _check(configs)
-    for config in configs:
-        yield _open(config), config
-
-
-def _open(config: RunConfig) -> RunFolder:
-    goes_on = check_recipe(config).config_file.exists()
-    folder = open_run(config)
-    hush(folder.log_file)
-    if goes_on:
-        say(f"going on with the run in {folder.root}")
-        for line in folder.describe(config.training.epochs):
-            say(f"  {line}")
-    return folder
-
-
-def _check(configs: list[RunConfig], with_prompts: bool = False) -> None:
-    """Print the plan of each stage. Raises BadInputError for all that they would refuse."""
-    from pipeline.plan import describe_plan, plan_run
-
-    plans = [plan_run(config) for config in configs]
-    refusals = dict.fromkeys(refusal for planned in plans for refusal in planned.refusals)
-    if refusals and not with_prompts:
-        raise BadInputError("; ".join(refusals))
-    for planned in plans:
-        console().print(describe_plan(planned, with_prompts))
-    if refusals:
-        raise BadInputError("; ".join(refusals))
-
-
-@contextmanager
-def _data_plane(folder: RunFolder, config: RunConfig) -> Iterator[tuple[Any, Any]]:
-    """Ray, the resampler and the board on which remote work shows its progress."""
-    from pipeline.resampler import start_resampler, stop_resampler
-
-    with ray_session(config), watched_board() as board:
-        resampler = start_resampler(folder, config, board)
-        try:
-            yield resampler, board
-        finally:
-            if not starts_own_cluster(config):  # our own ends with all that runs on it
-                stop_resampler(resampler, config)
-
-
-def _train(folder: RunFolder, config: RunConfig, resampler: Any, board: Any) -> None:
-    from training.stage import train as train_student
-
-    if config.training.epochs == 0:
-        return
-    result_of(resampler.prepare_epoch.remote(1))
-    train_student(folder, config, resampler, board)
-    if config.evaluation.through == "endpoint":
-        result_of(resampler.release.remote())
-
-
 def _finish(folder: RunFolder, config: RunConfig) -> None:
-    from evals.report import write_report
     from evals.table import results_table
     from serving.client import example_question, program
 
-    write_report(folder, config)
     console().print(results_table(folder, config))
     say(f"report: {folder.root / 'report.html'}")
     say(f"serve:  {program()} serve {config.run.folder}")
@@ -213,9 +150,25 @@ def prepare(name: Annotated[str, typer.Argument(help="Such as smollm2-135m-instr
 
 
 @app.command()
+def table(
+    spec: Annotated[Path, typer.Argument(help="A table, such as configs/tables/miniature.yaml.")],
+) -> None:
+    """Run arms x students x tasks x seeds over one store, and write the table; goes on."""
+    from evals.tables.run import fill_table
+    from evals.tables.spec import load_table
+
+    written = fill_table(*load_table(spec))
+    console().print(written.read_text(), markup=False)
+    say(f"table: {written}, {written.with_suffix('.csv').name} beside it")
+
+
+@app.command()
 def report(run: RunPath) -> None:
     """Write a run's report and model card anew, and print its table."""
+    from evals.report import write_report
+
     folder, config = _existing(run)
+    write_report(folder, config)
     _finish(folder, config)
 
 

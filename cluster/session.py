@@ -33,8 +33,8 @@ CPUS_PER_SERVED_MODEL = 0.2
 
 
 @contextmanager
-def ray_session(config: RunConfig) -> Iterator[None]:
-    """Start or join Ray for the length of the block.
+def ray_session(config: RunConfig) -> Iterator[bool]:
+    """Start or join Ray for the length of the block; gives whether all on it ends with the block.
 
     CPUs of a cluster of our own are logical: on a small machine there are more of them than
     cores, because Ray Serve's and Ray Train's actors each ask for one and wait for ever otherwise.
@@ -51,7 +51,7 @@ def ray_session(config: RunConfig) -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)
     try:
         _check_accelerator(config)
-        yield
+        yield started_here and starts_own_cluster(config)
     finally:
         if started_here:
             ray.shutdown()

@@ -193,11 +193,3 @@ def start_resampler(run: RunFolder, config: RunConfig, board: Any) -> Any:
 
     actor = ray.remote(MixedPolicyResampler)
     return actor.options(num_cpus=0, max_restarts=-1, max_task_retries=3).remote(run, config, board)
-
-
-def stop_resampler(resampler: Any, config: RunConfig) -> None:
-    """End the actor, and give back its engines, which else outlive the run on a joined cluster."""
-    import ray
-
-    ray.kill(resampler)
-    release_engines(config)

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
-import potstill
 from cluster.config import parse_config
 from cluster.errors import BadInputError
-from cluster.session import app_name, start_serve
+from cluster.session import app_name, pool_name, start_serve
+from evals import runs
 from pipeline.pool import release_engines, running_apps
 from serving.app import _place, stop_serving
 
@@ -74,22 +74,29 @@ def test_another_port_than_that_of_a_running_serve_is_refused(monkeypatch):
         start_serve(config("/runs/ours", serving={"port": 9000}))
 
 
-@pytest.mark.parametrize("address", ["auto", None])
-def test_a_run_that_fails_leaves_no_engine_on_a_joined_cluster(address, apps, monkeypatch):
+@pytest.mark.parametrize("all_ends", [False, True])
+@pytest.mark.parametrize("shared", [None, "table"])
+def test_a_run_that_fails_leaves_no_engine_on_a_joined_cluster(all_ends, shared, apps, monkeypatch):
     @contextmanager
-    def nothing(*_):
-        yield
+    def session(*_):
+        yield all_ends
 
     killed = []
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(potstill, "ray_session", nothing)
-    monkeypatch.setattr(potstill, "watched_board", nothing)
+    monkeypatch.setattr(runs, "ray_session", session)
+    monkeypatch.setattr(runs, "watched_board", session)
     monkeypatch.setattr("pipeline.resampler.start_resampler", lambda *_: "resampler")
     monkeypatch.setattr("ray.kill", killed.append)
-    apps.update(dict.fromkeys([pool(OURS), pool(OTHER)]))
-    run = config("/runs/ours", cluster={"address": address})
-    with pytest.raises(KeyboardInterrupt), potstill._data_plane(None, run):
+    ours = config("/runs/ours", engines={"pool": shared})
+    engines = f"{pool_name(ours)}-1234-bfloat16"
+    apps.update(dict.fromkeys([engines, pool(OTHER)]))
+    with pytest.raises(KeyboardInterrupt), runs._data_plane(None, ours):
         raise KeyboardInterrupt
-    released = address is not None  # a cluster of our own ends with all that runs on it
-    assert (killed, pool(OURS) in apps) == (["resampler"] if released else [], not released)
+    assert killed == [] if all_ends else ["resampler"]
+    stays = all_ends or shared is not None  # with the cluster, or for who shares it
+    assert (engines in apps) == stays
     assert pool(OTHER) in apps
+
+
+def test_runs_that_name_a_pool_share_its_engines():
+    one, other = (config(f"/runs/{n}", engines={"pool": "table"}) for n in (1, 2))
+    assert pool_name(one) == pool_name(other) != pool_name(OURS) != pool_name(OTHER)

@@ -1,0 +1,99 @@
+"""The stages of a recipe as work to be done: opened, sampled, trained, evaluated, reported."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from cluster.config import RunConfig
+from cluster.errors import BadInputError
+from cluster.progress import console, hush, say, watched_board
+from cluster.run_folder import RunFolder, check_recipe, open_run
+from cluster.session import ray_session, result_of
+
+
+def check_stages(configs: Sequence[RunConfig], with_prompts: bool = False) -> None:
+    """Print the plan of each stage. Raises BadInputError for all that they would refuse.
+
+    `with_prompts` also prints a rendered prompt of each model, and the plan of what is refused.
+    """
+    from pipeline.plan import describe_plan, plan_run
+
+    plans = [plan_run(config) for config in configs]
+    refusals = dict.fromkeys(refusal for planned in plans for refusal in planned.refusals)
+    if with_prompts or not refusals:
+        for planned in plans:
+            console().print(describe_plan(planned, with_prompts))
+    if refusals:
+        raise BadInputError("; ".join(refusals))
+
+
+def open_stages(configs: Sequence[RunConfig]) -> Iterator[tuple[RunFolder, RunConfig]]:
+    """The stages, each opened when its turn comes, after a look at all of them."""
+    check_stages(configs)
+    for config in configs:
+        yield open_stage(config), config
+
+
+def open_stage(config: RunConfig) -> RunFolder:
+    """Start or go on with a stage's folder, and say what is there already."""
+    goes_on = check_recipe(config).config_file.exists()
+    folder = open_run(config)
+    hush(folder.log_file)
+    if goes_on:
+        say(f"going on with the run in {folder.root}")
+        for line in folder.describe(config.training.epochs):
+            say(f"  {line}")
+    return folder
+
+
+def run_stage(folder: RunFolder, config: RunConfig) -> None:
+    """Sample, pair, train, resample, evaluate and report."""
+    from evals.report import write_report
+    from evals.stage import evaluate
+
+    with _data_plane(folder, config) as (resampler, board):
+        _train(folder, config, resampler, board)
+        evaluate(folder, config)
+    write_report(folder, config)
+
+
+def train_stage(folder: RunFolder, config: RunConfig) -> None:
+    """Sample, pair, train and resample."""
+    with _data_plane(folder, config) as (resampler, board):
+        _train(folder, config, resampler, board)
+
+
+def sample_stage(folder: RunFolder, config: RunConfig) -> None:
+    """Sample, and draw the pairs of the first epoch."""
+    with _data_plane(folder, config) as (resampler, _):
+        result_of(resampler.prepare_epoch.remote(1))
+
+
+@contextmanager
+def _data_plane(folder: RunFolder, config: RunConfig) -> Iterator[tuple[Any, Any]]:
+    """Ray, the resampler and the board on which remote work shows its progress."""
+    import ray
+
+    from pipeline.pool import release_engines
+    from pipeline.resampler import start_resampler
+
+    with ray_session(config) as all_ends, watched_board() as board:
+        resampler = start_resampler(folder, config, board)
+        try:
+            yield resampler, board
+        finally:
+            if not all_ends:
+                ray.kill(resampler)
+                if config.engines.pool is None:  # a shared pool is given back by who shares it
+                    release_engines(config)
+
+
+def _train(folder: RunFolder, config: RunConfig, resampler: Any, board: Any) -> None:
+    from training.stage import train
+
+    if config.training.epochs == 0:
+        return
+    result_of(resampler.prepare_epoch.remote(1))
+    train(folder, config, resampler, board)
+    if config.evaluation.through == "endpoint":
+        result_of(resampler.release.remote())

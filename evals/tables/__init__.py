@@ -1,0 +1,1 @@
+"""Tables of many runs: arms, students, tasks and seeds over one store."""

@@ -1,0 +1,119 @@
+"""The figures of a table: read from the cells' runs, joined over seeds."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from cluster import storage
+from cluster.run_folder import RunFolder
+from evals.stage import answers_file
+from evals.statistics import mean_and_standard_error, proportion_standard_error
+from evals.tables.spec import ZERO_SHOT, Cell
+from serving.models import (
+    BASE,
+    TEACHER,
+    best_epoch,
+    evaluation_name,
+    published_epochs,
+    student_id,
+)
+
+MEAN = "mean"
+AGREEMENT = "agreement"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number of a table, in percent."""
+
+    mean: float
+    standard_error: float  # over seeds; that of the one proportion where there is one seed
+    n: int  # answers in all
+    seeds: int
+
+    @property
+    def half_interval(self) -> float:
+        """Half of a 95 % interval."""
+        return 1.96 * self.standard_error
+
+
+Row = dict[str, Figure]  # by column
+
+
+def is_done(cell: Cell) -> bool:
+    """Whether a cell's last stage has its report, which is written last."""
+    return (_folder(cell).root / "report.html").exists()
+
+
+def measured(cells: Iterable[Cell], arm: str | None, agreement: bool) -> Row:
+    """The row of cells that differ in task and seed alone; those that are not done are left out.
+
+    The student is the best epoch's by validation, or for zero-shot the base one; with `arm` None
+    it is the teacher, as the cells evaluated it. Columns are tasks, or a task's kinds of prompts
+    where it has several, their mean, and the agreement with the teacher where asked.
+    """
+    of_column: dict[str, list[tuple[float, int]]] = {}
+    for cell in filter(is_done, cells):
+        result, answers = _result(cell, arm)
+        if result is None:
+            continue
+        for column, found in _columns(cell, result).items():
+            of_column.setdefault(column, []).append((found["accuracy"], found["n"]))
+        if agreement and arm is not None:
+            of_column.setdefault(AGREEMENT, []).append((_agreement(cell, answers), result["n"]))
+    row = {column: _join(values) for column, values in of_column.items()}
+    tasks = [column for column in row if column != AGREEMENT]
+    if len(tasks) > 1:
+        row[MEAN] = _mean([row[column] for column in tasks])
+    return row
+
+
+def _folder(cell: Cell) -> RunFolder:
+    return RunFolder(storage.location(cell.stages[-1].run.folder))
+
+
+def _result(cell: Cell, arm: str | None) -> tuple[dict[str, Any] | None, str]:
+    run, config = _folder(cell), cell.stages[-1]
+    epoch = best_epoch(run, published_epochs(run, config))
+    trained = student_id(epoch) if epoch else BASE
+    model = TEACHER if arm is None else BASE if arm == ZERO_SHOT else trained
+    name = evaluation_name(model, "test")
+    file = run.evaluation(name)
+    return (json.loads(file.read_text()) if file.exists() else None), name
+
+
+def _columns(cell: Cell, result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return result.get("by_kind") or {cell.task: result}
+
+
+def _agreement(cell: Cell, name: str) -> float:
+    """The share of test prompts on which a student's answer is the teacher's, both parsed."""
+    run = _folder(cell)
+    ours, teachers = (_answers(run, given) for given in (name, evaluation_name(TEACHER, "test")))
+    same = [ours.get(key) == answer for key, answer in teachers.items() if answer is not None]
+    return sum(same) / max(1, len(teachers))
+
+
+def _answers(run: RunFolder, name: str) -> dict[str, str | None]:
+    path = answers_file(run.evaluation(name))
+    table = pq.read_table(path.path, filesystem=path.fs, columns=["prompt_id", "answer"])
+    return dict(zip(*(table[column].to_pylist() for column in table.column_names), strict=True))
+
+
+def _join(values: list[tuple[float, int]]) -> Figure:
+    shares, n = [100 * share for share, _ in values], sum(count for _, count in values)
+    if len(shares) > 1:
+        return Figure(*mean_and_standard_error(shares), n, len(shares))
+    return Figure(shares[0], 100 * proportion_standard_error(round(values[0][0] * n), n), n, 1)
+
+
+def _mean(figures: list[Figure]) -> Figure:
+    """The mean of columns, whose errors are independent."""
+    size = len(figures)
+    error = sqrt(sum(figure.standard_error**2 for figure in figures)) / size
+    mean = sum(figure.mean for figure in figures) / size
+    return Figure(mean, error, sum(f.n for f in figures), min(f.seeds for f in figures))

@@ -1,0 +1,48 @@
+"""Running the cells of a table: in any order, over one store, going on at any cell."""
+
+from collections.abc import Sequence
+
+from upath import UPath
+
+from cluster.progress import say
+from cluster.session import ray_session
+from cluster.storage import location, write_text
+from evals.runs import check_stages, open_stage, run_stage
+from evals.tables.figures import is_done
+from evals.tables.layout import as_csv, lines_of, markdown
+from evals.tables.spec import Cell, TableSpec
+
+
+def fill_table(spec: TableSpec, cells: Sequence[Cell]) -> UPath:
+    """Run the cells that are not done yet, and write the table after each. Returns its file.
+
+    Ray, and the engines where cells share a pool, stay up from cell to cell. Raises BadInputError
+    for what any cell would refuse, before the first one starts.
+    """
+    missing = [cell for cell in cells if not is_done(cell)]
+    say(f"{spec.title}: {len(cells) - len(missing)} of {len(cells)} cells are done")
+    if missing:
+        check_stages(missing[0].stages)
+        with ray_session(missing[0].stages[0]):
+            _run_cells(spec, cells, missing)
+    return _write(spec, cells)
+
+
+def _run_cells(spec: TableSpec, cells: Sequence[Cell], missing: Sequence[Cell]) -> None:
+    from pipeline.pool import release_engines
+
+    try:
+        for number, cell in enumerate(missing, start=1):
+            say(f"cell {number} of {len(missing)}: {cell.name}")
+            for config in cell.stages:
+                run_stage(open_stage(config), config)
+            _write(spec, cells)
+    finally:
+        release_engines(missing[-1].stages[-1])
+
+
+def _write(spec: TableSpec, cells: Sequence[Cell]) -> UPath:
+    lines, target = lines_of(spec, cells), location(spec.folder) / "table.md"
+    write_text(target.with_suffix(".csv"), as_csv(spec, lines))
+    write_text(target, markdown(spec, lines))
+    return target

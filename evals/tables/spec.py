@@ -1,0 +1,112 @@
+"""What a table is made of: `configs/tables/NAME.yaml`."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from cluster.arms import options_of
+from cluster.config import RunConfig
+from cluster.errors import BadInputError
+from cluster.recipes import load_recipe
+from cluster.sections import Section
+
+Options = dict[str, Any]  # dotted option -> value, over the recipe
+ZERO_SHOT = "zero_shot_cot"
+
+
+class Block(Section):
+    """The rows of one student."""
+
+    student: str
+    """Its name in the table."""
+    options: Options = Field(default_factory=dict)
+    """What its runs change in the recipe, such as student.model."""
+    arms: tuple[str, ...]
+    """Names of arms, in the order of the rows."""
+
+
+class TableSpec(Section):
+    """A table: the cells, and what was published of them."""
+
+    title: str
+    """The headline."""
+    recipe: str
+    """The recipe that every cell runs, relative to this file."""
+    folder: str
+    """Where the runs of the cells and the table itself lie: a path or a URL."""
+    blocks: tuple[Block, ...]
+    """Students with their arms."""
+    tasks: dict[str, Options]
+    """Columns by name, each with what it changes in the recipe."""
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    """Each cell is run with each of these."""
+    agreement: bool = False
+    """Also how often the student gives the teacher's answer."""
+    published: dict[str, dict[str, dict[str, float]]] = Field(default_factory=dict)
+    """The paper's numbers, where the setting is the paper's: student -> arm -> task -> percent."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of one arm, student and task with one seed."""
+
+    student: str
+    arm: str
+    task: str
+    seed: int
+    stages: tuple[RunConfig, ...]
+
+    @property
+    def name(self) -> str:
+        """For the user."""
+        return f"{self.student}, {self.arm}, {self.task}, seed {self.seed}"
+
+
+def load_table(path: Path) -> tuple[TableSpec, list[Cell]]:
+    """A table and its cells, all of whose configurations are valid. Raises BadInputError."""
+    if not path.is_file():
+        raise BadInputError(f"no table at {path}: give the path of a YAML file")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        spec = TableSpec.model_validate(raw)
+    except yaml.YAMLError as error:
+        raise BadInputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()
+        )
+        raise BadInputError(f"{path} is no table: {problems}") from None
+    for block in spec.blocks:
+        for arm in block.arms:
+            options_of(arm)
+    return spec, list(_cells(spec, path.parent / spec.recipe))
+
+
+def _cells(spec: TableSpec, recipe: Path) -> Iterator[Cell]:
+    for block in spec.blocks:
+        for seed in spec.seeds:
+            for task, of_task in spec.tasks.items():
+                for arm in block.arms:
+                    place = "/".join([_slug(block.student), arm, _slug(task), f"seed_{seed}"])
+                    options = block.options | of_task | {"run.seed": seed}
+                    options["run.folder"] = f"{spec.folder.rstrip('/')}/{place}"
+                    overrides = [f"{key}={yaml_value(value)}" for key, value in options.items()]
+                    stages = tuple(load_recipe(recipe, overrides, arm))
+                    yield Cell(block.student, arm, task, seed, stages)
+
+
+def yaml_value(value: Any) -> str:
+    """A value as an override writes it, on one line."""
+    return (
+        yaml.safe_dump(value, default_flow_style=True, width=float("inf"))
+        .removesuffix("...\n")
+        .strip()
+    )
+
+
+def _slug(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in name.lower()).strip("_")

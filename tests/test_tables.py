@@ -1,0 +1,182 @@
+"""Tables: their cells, and the figures that are read from the cells' runs."""
+
+import csv
+import io
+import json
+
+import pytest
+import yaml
+
+from cluster import storage
+from cluster.errors import BadInputError
+from cluster.run_folder import RunFolder
+from evals.accuracy import Answer, answers_table
+from evals.stage import answers_file
+from evals.tables import run as running
+from evals.tables.figures import is_done, measured
+from evals.tables.layout import as_csv, lines_of, markdown
+from evals.tables.spec import load_table
+
+RECIPE = {
+    "run": {"folder": "runs/x"},
+    "task": {"name": "gsm8k"},
+    "teacher": {"model": "org/teacher"},
+    "student": {"model": "org/student"},
+    "training": {"epochs": 2},
+}
+ARMS = ["zero_shot_cot", "diverse_cot_sft", "mixed_policy_orpo"]
+
+
+@pytest.fixture
+def spec(tmp_path):
+    raw = {
+        "title": "Tiny",
+        "recipe": "recipe.yaml",
+        "folder": str(tmp_path / "table"),
+        "blocks": [{"student": "Tiny 1B", "options": {"student.model": "tiny"}, "arms": ARMS}],
+        "tasks": {"GSM8K": {"task.name": "gsm8k"}, "ARC-C": {"task.name": "arc_challenge"}},
+        "seeds": [0, 1],
+        "agreement": True,
+        "published": {"Tiny 1B": {"mixed_policy_orpo": {"GSM8K": 40.72}}},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    (tmp_path / "table.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
+    return tmp_path / "table.yaml"
+
+
+def finish(cell, accuracies, answers=("1", "2"), **more):
+    """Write what a cell's run leaves: accuracy by model id, of 100 answers."""
+    run = RunFolder(storage.location(cell.stages[-1].run.folder))
+    for epoch in range(1, cell.stages[-1].training.epochs + 1):
+        staging = storage.staging_folder(run.checkpoint(epoch))
+        (staging / "weights").write_text("x")
+        storage.publish_folder(staging, run.checkpoint(epoch))
+    for name, accuracy in accuracies.items():
+        result = {"accuracy": accuracy, "n": 100, **more}
+        storage.write_json(run.evaluation(name), result)
+        found = [
+            Answer(f"p{n}", "", None if answer == "-" else answer, "right", "stop", None)
+            for n, answer in enumerate(answers if name != "teacher_test" else ("1", "3"))
+        ]
+        storage.write_table(answers_table(found), answers_file(run.evaluation(name)))
+    storage.write_text(run.root / "report.html", "done")
+
+
+def test_cells_are_every_arm_task_and_seed_with_the_options_of_each(spec):
+    _, cells = load_table(spec)
+    assert len(cells) == len(ARMS) * 2 * 2
+    assert len({cell.stages[0].run.folder for cell in cells}) == len(cells)
+    for cell in cells:
+        (config,) = cell.stages
+        assert config.student.model == "tiny"
+        assert config.run.seed == cell.seed
+        assert config.task.name == {"GSM8K": "gsm8k", "ARC-C": "arc_challenge"}[cell.task]
+        assert config.training.method == ("sft" if cell.arm == "diverse_cot_sft" else "orpo")
+        assert config.training.epochs == (0 if cell.arm == "zero_shot_cot" else 2)
+
+
+MISTAKES = {
+    "arms": ({"blocks": [{"student": "x", "arms": ["best"]}]}, "arm 'best' is not known"),
+    "keys": ({"colour": 1}, "colour: Extra inputs"),
+    "recipe": ({"recipe": "none.yaml"}, "no configuration at"),
+    "option": ({"tasks": {"a": {"task.nam": "gsm8k"}}}, "task.nam is not an option"),
+    "seeds": ({"seeds": []}, "seeds: Tuple should have at least 1 item"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_are_named(spec, change, message):
+    spec.write_text(yaml.safe_dump(yaml.safe_load(spec.read_text()) | change))
+    with pytest.raises(BadInputError, match=message.replace(".", r"\.")):
+        load_table(spec)
+
+
+def fill(spec):
+    described, cells = load_table(spec)
+    scores = {"zero_shot_cot": 0.1, "diverse_cot_sft": 0.3, "mixed_policy_orpo": 0.5}
+    for cell in cells:
+        right = scores[cell.arm] + 0.02 * cell.seed + 0.2 * (cell.task == "ARC-C")
+        trained = {"student-epoch-1_test": 0.9, "student-epoch-2_test": right}
+        trained |= {"student-epoch-1_validation": 0.1, "student-epoch-2_validation": 0.2}
+        finish(cell, {"base_test": right, "teacher_test": 0.8, **trained})
+    return described, cells
+
+
+def test_a_cell_is_the_best_epochs_by_validation_over_seeds(spec):
+    _, cells = fill(spec)
+    row = measured([c for c in cells if c.arm == "mixed_policy_orpo"], "mixed_policy_orpo", True)
+    assert row["GSM8K"].mean == pytest.approx(51.0), "0.50 and 0.52, not epoch 1's 0.9"
+    assert row["GSM8K"].standard_error == pytest.approx(1.0)
+    assert (row["GSM8K"].n, row["GSM8K"].seeds) == (200, 2)
+    assert row["mean"].mean == pytest.approx((51 + 71) / 2)
+    assert row["mean"].standard_error == pytest.approx(2**0.5 / 2)
+    assert row["agreement"].mean == pytest.approx(50.0), "one of two answers is the teacher's"
+
+
+def test_markdown_has_the_papers_number_and_the_best_in_bold(spec):
+    described, cells = fill(spec)
+    text = markdown(described, lines_of(described, cells))
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    head, zero, sft, mixed, teacher = lines
+    assert head.split("|")[1:5] == [" student ", " arm ", " GSM8K ", " ARC-C "]
+    assert "**51.0 ± 1.0** [40.72]" in mixed
+    assert not any("**" in line.split("|")[3] for line in (zero, sft, teacher))
+    assert "80.0 ± 0.0" in teacher
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_a_tie_within_the_interval_is_bold_too(spec):
+    described, cells = fill(spec)
+    for cell in cells:
+        if cell.arm == "diverse_cot_sft" and cell.task == "GSM8K":
+            finish(cell, {"student-epoch-2_test": 0.495})
+    text = markdown(described, lines_of(described, cells))
+    assert "**49.5 ± 0.0**" in text
+
+
+def test_csv_has_a_line_for_each_figure(spec):
+    described, cells = fill(spec)
+    rows = list(csv.DictReader(io.StringIO(as_csv(described, lines_of(described, cells)))))
+    (found,) = [r for r in rows if (r["arm"], r["column"]) == ("mixed_policy_orpo", "GSM8K")]
+    assert (float(found["mean"]), float(found["published"])) == (51.0, 40.72)
+
+
+def test_one_seed_has_the_error_of_its_proportion(spec):
+    _, cells = fill(spec)
+    one = [c for c in cells if (c.arm, c.seed, c.task) == ("diverse_cot_sft", 0, "GSM8K")]
+    assert measured(one, "diverse_cot_sft", False)["GSM8K"].standard_error == pytest.approx(
+        100 * (0.3 * 0.7 / 100) ** 0.5
+    )
+
+
+def test_kinds_of_one_task_are_columns(spec):
+    _, cells = load_table(spec)
+    kinds = {"number": {"accuracy": 0.2, "n": 50}, "choice": {"accuracy": 0.6, "n": 50}}
+    finish(cells[0], {"base_test": 0.4, "teacher_test": 0.9}, by_kind=kinds)
+    row = measured(cells[:1], "zero_shot_cot", False)
+    assert (row["number"].mean, row["choice"].mean) == (pytest.approx(20), pytest.approx(60))
+    assert row["mean"].mean == pytest.approx(40)
+
+
+def test_a_table_goes_on_at_the_cells_that_are_not_done(spec, monkeypatch):
+    described, cells = load_table(spec)
+    for cell in cells[:5]:
+        finish(cell, {"base_test": 0.4, "teacher_test": 0.9})
+    ran = []
+
+    def take_cells(spec, all_cells, missing):
+        ran.extend(missing)
+        for cell in missing:
+            finish(cell, {"base_test": 0.4, "teacher_test": 0.9})
+
+    class NoRay:
+        __enter__ = __exit__ = lambda *_: None
+
+    monkeypatch.setattr(running, "check_stages", lambda *_: None)
+    monkeypatch.setattr(running, "ray_session", lambda _: NoRay())
+    monkeypatch.setattr(running, "_run_cells", take_cells)
+    written = running.fill_table(described, cells)
+    assert ran == cells[5:]
+    assert all(is_done(cell) for cell in cells)
+    assert written.read_text().startswith("# Tiny")
+    assert json.loads(json.dumps(written.with_suffix(".csv").read_text())).startswith("student,arm")
