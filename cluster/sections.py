@@ -43,6 +43,8 @@ class Cluster(Section):
     accelerator: Execution[Literal["auto", "cpu", "gpu"]] = "auto"
     """What models run on; auto takes GPUs where a node with one is up, so say gpu where nodes start
     on demand."""
+    gpu_hour_price: Execution[NonNegativeFloat | None] = None
+    """What an hour of one GPU costs, in any currency; a table's plan then tells its cost."""
     logical_cpus: Execution[PositiveInt | None] = None
     """Logical CPUs of the cluster that `address: null` starts; null makes room for
     engines, workers and served models, and means at least eight."""
@@ -83,6 +85,8 @@ class Model(Section):
     """A Jinja chat template, as text or as the path of a file; null takes the tokenizer's own."""
     dtype: Dtype = "bfloat16"
     """The dtype in which the model samples."""
+    parameters: Execution[PositiveInt | None] = None
+    """How many the model has, so that a table's cost can be told before its weights are at hand."""
     stop: tuple[str, ...] = ()
     """Strings that end a trace, beside the model's own end-of-turn token."""
     trust_remote_code: bool = False

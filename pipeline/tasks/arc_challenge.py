@@ -19,4 +19,5 @@ TASK = Task(
     read=read,
     hub_id="allenai/ai2_arc",
     hub_config="ARC-Challenge",
+    hub_sizes=(1119, 1172),
 )

@@ -18,4 +18,5 @@ TASK = Task(
     read=read,
     hub_id="openai/gsm8k",
     hub_config="main",
+    hub_sizes=(7473, 1319),
 )

@@ -31,4 +31,5 @@ TASK = Task(
     columns=("question", "options", "answer_idx"),
     read=read,
     hub_id="GBaker/MedQA-USMLE-4-options",
+    hub_sizes=(10178, 1273),
 )

@@ -22,4 +22,5 @@ TASK = Task(
     read=read,
     hub_id="allenai/openbookqa",
     hub_config="main",
+    hub_sizes=(4957, 500),
 )

@@ -17,4 +17,5 @@ TASK = Task(
     columns=("question", "answer"),
     read=read,
     hub_id="ChilleD/StrategyQA",
+    hub_sizes=(1603, 687),
 )

@@ -37,6 +37,7 @@ class Task:
     read: Callable[[Row], Problem]
     hub_id: str | None = None
     hub_config: str | None = None
+    hub_sizes: tuple[int, int] | None = None  # train and test prompts there, for plans offline
     # (section, split, seed) -> all its prompts in a seeded order; for a task that makes its own
     generate: Callable[[sections.Task, Split, int], Iterator[Prompt]] | None = None
 
