@@ -51,8 +51,8 @@ def hush(log_file: Path) -> None:
     log_file.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
-    if sys.excepthook is sys.__excepthook__:  # else ours have been kept apart already
-        for ours, stream in ((_console, sys.stdout), (_errors, sys.stderr)):
+    for ours, stream in ((_console, sys.stdout), (_errors, sys.stderr)):
+        if ours.file is stream:  # else it has been kept apart already
             ours.file = os.fdopen(os.dup(stream.fileno()), "w", buffering=1)
     log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)

@@ -60,6 +60,21 @@ def test_an_error_that_nobody_catches_is_one_line_for_the_user(tmp_path):
     assert "Traceback (most recent call last)" in log.read_text()
 
 
+def test_a_second_log_takes_the_noise_and_ours_stays_on_the_screen(tmp_path):
+    logs = [tmp_path / "first.log", tmp_path / "second.log"]
+    program = (
+        "import sys; from pathlib import Path; from cluster.progress import complain, hush, say;"
+        "sys.excepthook = print\n"  # as Typer does
+        f"for log in {[str(log) for log in logs]}:\n"
+        "    hush(Path(log)); say('ours'); complain('wrong'); print('noise', flush=True)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert (done.stdout, done.stderr) == ("ours\nours\n", "wrong\nwrong\n")
+    assert [log.read_text() for log in logs] == ["noise\n", "noise\n"]
+
+
 def test_third_parties_reach_the_log_and_not_the_screen(tmp_path):
     log = tmp_path / "logs" / "engines.log"
     program = (
