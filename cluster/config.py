@@ -1,7 +1,7 @@
 """Reading a run's configuration: YAML, overrides from the command line, one clear error each."""
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 from cluster import sections
 from cluster.errors import BadInputError
 from cluster.sections import EXECUTION, Section
+from cluster.teachers import impossible_teachers
 
 
 class RunConfig(Section):
@@ -18,6 +19,8 @@ class RunConfig(Section):
     task: sections.Task
     teacher: sections.Teacher
     student: sections.Model
+    further_teachers: tuple[sections.Teacher, ...] = ()
+    """Teachers beside the first, which alone is served and evaluated; their traces are pooled."""
     cluster: sections.Cluster = sections.Cluster()
     sampling: sections.Sampling = sections.Sampling()
     engines: sections.Engines = sections.Engines()
@@ -28,10 +31,16 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
-        problems = list(_impossible_combinations(self))
+        problems = _impossible_combinations(self) + impossible_teachers(self.teachers)
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    @property
+    def teachers(self) -> dict[str, sections.Teacher]:
+        """All teachers in their order, by the names of their traces: teacher, teacher_2, ..."""
+        further = {f"teacher_{n}": each for n, each in enumerate(self.further_teachers, start=2)}
+        return {"teacher": self.teacher, **further}
 
     @property
     def evaluation_tokens(self) -> int:
@@ -182,11 +191,21 @@ def _describe(error: ValidationError) -> str:
 def _options_near(location: tuple[int | str, ...]) -> str:
     model: Any = RunConfig
     for part in location[:-1]:
-        field = model.model_fields.get(part) if isinstance(part, str) else None
-        model = field.annotation if field else None
-        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+        if isinstance(part, int):  # a place in a list of sections
+            continue
+        field = model.model_fields.get(part)
+        model = _section_in(field.annotation) if field else None
+        if model is None:
             return ""
     return f": options here are {', '.join(model.model_fields)}"
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field is, may be, or lists."""
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
 
 
 def recipe_of(config: RunConfig) -> dict[str, Any]:
@@ -200,6 +219,9 @@ def _recipe_fields(section: Section, prefix: str) -> list[tuple[str, Any]]:
         value = getattr(section, name)
         if isinstance(value, Section):
             found += _recipe_fields(value, f"{prefix}{name}.")
+        elif isinstance(value, tuple) and value and isinstance(value[0], Section):
+            for place, item in enumerate(value):
+                found += _recipe_fields(item, f"{prefix}{name}[{place}].")
         elif EXECUTION not in field.metadata:
             plain = section.model_dump(mode="json", include={name})[name]
             found.append((f"{prefix}{name}", plain))

@@ -11,11 +11,13 @@ from cluster.progress import progress, say
 from cluster.run_folder import RunFolder
 from cluster.session import ray_session
 from evals.accuracy import Answer, Asking, answers_table, measure_accuracy
+from evals.foreign import measure_foreign_teacher
 from pipeline.rows import Prompt
 from pipeline.tasks import load_prompts
 from serving.app import Endpoint, start_serving, stop_serving
 from serving.models import (
-    STUDENT,
+    BASE,
+    TEACHER,
     evaluation_name,
     in_turn,
     published_epochs,
@@ -45,39 +47,47 @@ def answers_file(result: UPath) -> UPath:
 def evaluate(run: RunFolder, config: RunConfig) -> None:
     """Evaluate base, teacher and every epoch's student on test, students on validation too.
 
-    Through the served endpoint; results that are there are kept. Models load one after the other
-    unless serving.resident="all". Starts Ray where it does not run; leaves no engine behind.
+    Through the served endpoint, a teacher behind one of its own there, last; results that are there
+    are kept. Models load one after the other unless serving.resident="all". Starts Ray where it
+    does not run; leaves no engine behind.
     """
     jobs = _jobs(run, config)
     missing = [job for job in jobs if not run.evaluation(job.name).exists()]
+    if not config.evaluation.teacher:
+        say("the teacher is not evaluated, since evaluation.teacher is false")
     if len(missing) < len(jobs):
         say(f"evaluation: {len(jobs) - len(missing)} of {len(jobs)} results reused")
-    if not missing:
-        return
-    wanted = {job.model_id for job in missing}
+    foreign = [job for job in missing if job.model_id == TEACHER and config.teacher.endpoint]
+    if served := [job for job in missing if job not in foreign]:
+        _run_served(served, run, config)
+    for job in foreign:
+        _run_foreign(job, run, config)
+
+
+def _run_served(jobs: list[_Job], run: RunFolder, config: RunConfig) -> None:
+    wanted = {job.model_id for job in jobs}
     models = [model for model in served_models(run, config) if model.model_id in wanted]
     if config.serving.resident == "best":
         models = in_turn(models)
     with ray_session(config):
         try:
             endpoint = start_serving(models, config, idle_s=_IDLE_S)
-            for job in missing:
+            for job in jobs:
                 _run_job(job, endpoint, run, config)
         finally:
             stop_serving(config)
 
 
 def _jobs(run: RunFolder, config: RunConfig) -> list[_Job]:
-    models = served_models(run, config)
-    students = {student_id(epoch) for epoch in published_epochs(run, config)}
+    teacher = [TEACHER] if config.evaluation.teacher else []
+    students = [student_id(epoch) for epoch in published_epochs(run, config)]
     # With one epoch there is no best one to choose.
-    chosen = students if len(students) > 1 and _prompts(config, "validation") else set()
+    chosen = students if len(students) > 1 and _prompts(config, "validation") else []
     return [
-        _Job(model.model_id, split)
-        for model in models
-        if model.model_id != STUDENT
+        _Job(model_id, split)
+        for model_id in (BASE, *teacher, *students)
         for split in ("validation", "test")
-        if split == "test" or model.model_id in chosen
+        if split == "test" or model_id in chosen
     ]
 
 
@@ -89,7 +99,16 @@ def _run_job(job: _Job, endpoint: Endpoint, run: RunFolder, config: RunConfig) -
     prompts = _prompts(config, job.split)
     say(f"evaluating {job.model_id} on {len(prompts)} {job.split} prompts")
     endpoint.warm(job.model_id)
-    result, answers = measure(endpoint.url, job.model_id, job.split, prompts, config)
+    _keep(job, run, *measure(endpoint.url, job.model_id, job.split, prompts, config))
+
+
+def _run_foreign(job: _Job, run: RunFolder, config: RunConfig) -> None:
+    prompts = _prompts(config, job.split)
+    say(f"evaluating {config.teacher.title} on {len(prompts)} {job.split} prompts")
+    _keep(job, run, *measure_foreign_teacher(job.split, prompts, config))
+
+
+def _keep(job: _Job, run: RunFolder, result: dict[str, Any], answers: list[Answer]) -> None:
     target = run.evaluation(job.name)
     storage.write_table(answers_table(answers), answers_file(target))
     storage.write_json(target, result)  # last: a result that is there is whole

@@ -20,6 +20,7 @@ from cluster.session import app_name, start_serve
 from cluster.storage import digest_text
 from cluster.waiting import waiting
 from pipeline.models import resolve_exact
+from pipeline.rows import Wanted
 
 _DEPLOYMENT = "SamplingEngine"
 
@@ -36,12 +37,9 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class SampleRequest:
+class SampleRequest(Wanted):
     """One sample to draw."""
 
-    key: str
-    prompt_id: str
-    sample_index: int
     prompt_ids: list[int]
     seed: int
 

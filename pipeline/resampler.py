@@ -3,6 +3,8 @@
 It keeps nothing but the run folder and the store, so a new one goes on where a killed one stopped.
 """
 
+import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -15,12 +17,14 @@ from cluster.sections import Model
 from cluster.session import uses_gpu
 from cluster.storage import is_published, publish_folder, staging_folder, write_table
 from pipeline.engine import release_engines
+from pipeline.foreign import ForeignWriter, endpoint_keys, foreign_writer
 from pipeline.grading import NEGATIVES, POSITIVE, describe_traces, grade_samples
 from pipeline.pairs import Pools, count_pairs, draw_pairs, draws_from_latest, pool
 from pipeline.rows import Pair, Prompt, Trace, from_table, to_table
-from pipeline.sampling import Writer, make_writer, plan_requests, sample
+from pipeline.sampling import Writer, make_writer, planned_keys, sample
 from pipeline.store import SampleStore
 from pipeline.tasks import load_prompts, user_message
+from pipeline.teachers import pool_teachers
 
 COUNTS_FILE = "counts.json"
 
@@ -28,8 +32,16 @@ COUNTS_FILE = "counts.json"
 class MixedPolicyResampler:
     """Samples the teacher and the student as pairs ask for them, and draws the pairs."""
 
-    def __init__(self, run: RunFolder, config: RunConfig, board: Any = None) -> None:
+    def __init__(
+        self,
+        run: RunFolder,
+        config: RunConfig,
+        board: Any = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """`environment` holds what this process may lack of the driver's: keys of endpoints."""
         attach(board)
+        os.environ.update(environment or {})
         self._run, self._config = run, config
         self._on_gpu = uses_gpu(config)
         self._store = SampleStore(storage.location(config.run.store))
@@ -63,10 +75,10 @@ class MixedPolicyResampler:
         release_engines(self._config)
 
     def _draw_pairs(self, epoch: int) -> list[Pair]:
-        positives = pool(self.traces("teacher"))
+        positives = pool(self._positives(epoch))
         if not positives:
             raise RunError(
-                f"the teacher has no right trace on any of {len(self._prompts)} prompts, so there "
+                f"no teacher has a right trace on any of {len(self._prompts)} prompts, so there "
                 "is nothing to learn: look at completions/teacher.parquet; a stronger teacher, "
                 "worked examples (teacher.few_shot) or easier prompts help"
             )
@@ -90,27 +102,39 @@ class MixedPolicyResampler:
             self._config.pairs.positives_per_prompt,
         )
 
+    def _positives(self, epoch: int) -> list[Trace]:
+        """The pool of all teachers' right traces, teacher after teacher."""
+        teachers = self._config.teachers
+        traces = {name: self.traces(name) for name in teachers}
+        caps = {name: teacher.traces_per_prompt for name, teacher in teachers.items()}
+        pooled = pool_teachers(traces, caps, self._config.sampling.max_rouge_l)
+        if len(teachers) > 1:
+            counts = {name: len(entered) for name, entered in pooled.items()}
+            self._run.record(stage="pool", epoch=epoch, **counts)
+            shown = (f"{n} of {name} ({teachers[name].title})" for name, n in counts.items())
+            say(f"positives: {', '.join(shown)}")
+        return [trace for entered in pooled.values() for trace in entered]
+
     def traces(self, name: str) -> list[Trace]:
-        """The graded traces of "teacher" or "student_NNN", sampled now if the run has none.
+        """The graded traces of a teacher or of "student_NNN", sampled now if the run has none.
 
         Raises BadInputError where those that it has answer other prompts, or are of another model.
         """
-        epoch = 0 if name == "teacher" else int(name.rpartition("_")[2])
+        epoch = 0 if name in self._config.teachers else int(name.rpartition("_")[2])
         path, writer = self._run.completions(name), self._writer(name, epoch)
         if not path.exists():
             self._sample(name, epoch, writer)
         traces = from_table(Trace, storage.read_table(path))
-        config = self._config
-        asked = plan_requests(writer, self._prompts, config.sampling.samples, config.run.seed)
-        if {trace.key for trace in traces} != {request.key for request in asked}:
+        if {trace.key for trace in traces} != planned_keys(writer, self._prompts, self._config):
             raise BadInputError(
                 f"{path} was sampled from other data, or by another model, than are now at the "
                 "places that the recipe names: put those back, or set run.folder to a new folder"
             )
         return traces
 
-    def _sample(self, name: str, epoch: int, writer: Writer) -> None:
-        usable = POSITIVE if name == "teacher" else NEGATIVES[self._config.pairs.negatives]
+    def _sample(self, name: str, epoch: int, writer: Writer | ForeignWriter) -> None:
+        teaches = name in self._config.teachers
+        usable = POSITIVE if teaches else NEGATIVES[self._config.pairs.negatives]
         samples = sample(writer, self._prompts, self._config, self._store, self._on_gpu)
         traces = grade_samples(
             samples, self._prompts, epoch, usable, self._config.sampling.max_rouge_l
@@ -124,9 +148,12 @@ class MixedPolicyResampler:
             f"{figures['kept']:.0f} kept, {figures['errors']:.0f} errors"
         )
 
-    def _writer(self, name: str, epoch: int) -> Writer:
+    def _writer(self, name: str, epoch: int) -> Writer | ForeignWriter:
         kind = self._prompts[0].kind
-        section: Model = self._config.teacher if name == "teacher" else self._config.student
+        teacher = self._config.teachers.get(name)
+        if teacher and teacher.endpoint:
+            return foreign_writer(name, teacher, self._config, kind)
+        section: Model = teacher or self._config.student
         reference = str(self._run.checkpoint(epoch)) if epoch else section.model
         return make_writer(name, reference, section, self._config, kind)
 
@@ -148,7 +175,9 @@ def start_resampler(run: RunFolder, config: RunConfig, board: Any) -> Any:
     import ray
 
     actor = ray.remote(MixedPolicyResampler)
-    return actor.options(num_cpus=0, max_restarts=-1, max_task_retries=3).remote(run, config, board)
+    return actor.options(num_cpus=0, max_restarts=-1, max_task_retries=3).remote(
+        run, config, board, endpoint_keys(config)
+    )
 
 
 def stop_resampler(resampler: Any, config: RunConfig) -> None:

@@ -6,7 +6,7 @@ not match its marker is set aside, and its samples are simply missing again.
 
 import io
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -27,9 +27,9 @@ class SampleStore:
 
     root: UPath
 
-    def write(self, samples: Iterable[Sample]) -> None:
-        """Add samples of one model as one new file, whole or not at all."""
-        table = to_table(Sample, samples)
+    def write(self, samples: Iterable[Sample], note: Mapping[str, str] | None = None) -> None:
+        """Add samples of one model as one new file, whole or not at all, and a note in it."""
+        table = to_table(Sample, samples).replace_schema_metadata(note)
         if not len(table):
             return
         folder = self._folder(table["model"][0].as_py())
@@ -43,6 +43,12 @@ class SampleStore:
     def keys(self, model: str) -> set[str]:
         """Keys of all samples that `model` has written."""
         return {key for table in self._tables(model, ["key"]) for key in table["key"].to_pylist()}
+
+    def notes(self, model: str) -> Iterator[dict[str, str]]:
+        """The notes in the files of `model`, one a file; those without any give an empty one."""
+        for table in self._tables(model, ["key"]):
+            found = table.schema.metadata or {}
+            yield {name.decode(): value.decode() for name, value in found.items()}
 
     def read(self, model: str, keys: set[str]) -> dict[str, Sample]:
         """The samples of `model` with these keys; missing ones are left out."""
