@@ -34,7 +34,6 @@ def plan_foreign(
     """
     teacher, kind = config.teachers[name], splits["train"][0].kind
     writer = foreign_writer(name, teacher, config, kind)
-    check_endpoint(chat_endpoint(writer.model, writer.endpoint))
     stages = [(writer, splits["train"], config.sampling.samples)]
     if name == "teacher" and config.evaluation.teacher:
         stages.append((foreign_solver(name, teacher, config, kind), splits["test"], 1))
@@ -47,6 +46,8 @@ def plan_foreign(
         total, missing = total + len(keys), missing + left
         prompt_tokens += round(left * _mean_prompt_tokens(asked, prompts, chat))
         tokens += left * asked.max_new_tokens
+    if missing:  # else nothing will be asked, and the endpoint need not be there any more
+        check_endpoint(chat_endpoint(writer.model, writer.endpoint))
     what = f"{teacher.title}: {total} requests, {total - missing} of them in the store"
     if (pace := writer.endpoint.requests_per_minute) and missing:
         what += f", the rest in at least {missing / pace:.0f} min"

@@ -71,29 +71,46 @@ def plan_run(config: RunConfig) -> Plan:
     """Look at configuration, data, run folder and model folders; start no model."""
     plan = Plan()
     plan.rows.append(("on", _whereabouts(config)))
-    plan.check(lambda: check_recipe(config))
+    folder = plan.check(lambda: check_recipe(config))
     if starts_own_cluster(config):
         plan.check(lambda: refuse_taken_port(config.serving.host, config.serving.port))
         plan.check(lambda: refuse_too_few_cpus(config))
     splits = plan.check(lambda: _load_splits(plan, config))
     if splits is None:
         return plan
-    local = {name: each for name, each in config.teachers.items() if not each.endpoint}
-    models: dict[str, Model] = {**local, "student": config.student}
+    probes = _probe_models(plan, config, splits)
+    if student := probes.get("student"):
+        plan.check(lambda: _check_training_length(config, student))
+        if folder:  # else the store may be out of reach
+            _plan_foreign_teachers(plan, config, splits, student.chat)
+        if probes.keys() == _models(config).keys():
+            _plan_models(plan, config, probes)
+            _plan_work(plan, config, len(splits["train"]), probes)
+    return plan
+
+
+def _models(config: RunConfig) -> dict[str, Model]:
+    """The models that this cluster runs: teachers without an endpoint, and the student."""
+    local = {name: teacher for name, teacher in config.teachers.items() if not teacher.endpoint}
+    return {**local, "student": config.student}
+
+
+def _probe_models(
+    plan: Plan, config: RunConfig, splits: dict[Split, list[Prompt]]
+) -> dict[str, _Probe]:
     probes = {
         name: plan.check(partial(_probe, name, section, config, splits))
-        for name, section in models.items()
+        for name, section in _models(config).items()
     }
-    found = {name: probe for name, probe in probes.items() if probe}
-    if student := found.get("student"):
-        plan.check(lambda: _check_training_length(config, student))
-        for name in [name for name in config.teachers if name not in local]:
-            rows = plan.check(partial(plan_foreign, name, config, splits, student.chat))
-            plan.rows += rows or []
-    if student and len(found) == len(probes):
-        _plan_models(plan, config, found)
-        _plan_work(plan, config, len(splits["train"]), found)
-    return plan
+    return {name: probe for name, probe in probes.items() if probe}
+
+
+def _plan_foreign_teachers(
+    plan: Plan, config: RunConfig, splits: dict[Split, list[Prompt]], chat: Chat
+) -> None:
+    for name, teacher in config.teachers.items():
+        if teacher.endpoint:
+            plan.rows += plan.check(partial(plan_foreign, name, config, splits, chat)) or []
 
 
 def _whereabouts(config: RunConfig) -> str:

@@ -125,6 +125,7 @@ def test_the_pace_holds_for_requests_that_are_sent_again_too(chat_server):
         return "well" if again else (503, "busy", {"retry-after-ms": "1"})
 
     server = chat_server(reply)
+    ask(chat_server(), 1)  # what is loaded once takes a while
     started = time.monotonic()
     ask(server, 4, concurrency=4, requests_per_minute=600)
     assert len(server.bodies) == 8

@@ -8,12 +8,15 @@ import pytest
 from rich.console import Console
 
 from cluster.config import parse_config
+from cluster.run_folder import RunFolder
+from cluster.storage import location
 from pipeline.plan import describe_plan, plan_run
+from pipeline.resampler import MixedPolicyResampler
 
 
 @pytest.fixture
-def plan_of(tiny_llama, tmp_path):
-    def plan(**sections):
+def config_of(tiny_llama, tmp_path):
+    def config(**sections):
         raw = {
             "run": {"folder": str(tmp_path / "run")},
             "cluster": {"address": "auto"},
@@ -36,9 +39,14 @@ def plan_of(tiny_llama, tmp_path):
         raw["further_teachers"] = sections.pop("further_teachers", [])
         for section, options in sections.items():
             raw.setdefault(section, {}).update(options)
-        return plan_run(parse_config(raw, "test"))
+        return parse_config(raw, "test")
 
-    return plan
+    return config
+
+
+@pytest.fixture
+def plan_of(config_of):
+    return lambda **sections: plan_run(config_of(**sections))
 
 
 def rows(plan):
@@ -135,6 +143,24 @@ def test_what_the_teacher_would_refuse_is_refused_by_the_plan(plan_of, chat_serv
     server = chat_server(models=("other",))
     (refusal,) = plan_of(teacher={"model": "big", "endpoint": {"url": server.url}}).refusals
     assert "has no model 'big', only other" in refusal
+
+
+def test_an_endpoint_that_will_not_be_asked_any_more_need_not_be_there(
+    config_of, chat_server, tmp_path
+):
+    server = chat_server()
+    options = {
+        "run": {"store": str(tmp_path / "store")},
+        "cluster": {"accelerator": "cpu"},
+        "teacher": {"model": "big", "endpoint": {"url": server.url}},
+        "evaluation": {"teacher": False},
+    }
+    config = config_of(**options)
+    MixedPolicyResampler(RunFolder(location(config.run.folder)), config).traces("teacher")
+    server.models = 401
+    plan = plan_run(config)
+    assert not plan.refusals
+    assert "40 requests, 40 of them in the store" in rows(plan)["teacher"]
 
 
 def test_each_of_several_teachers_is_planned(plan_of, tiny_llama, tiny_gemma, chat_server):

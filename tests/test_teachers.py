@@ -208,6 +208,7 @@ def test_the_pairs_of_two_teachers_say_whose_trace_each_is(chat_server, tmp_path
     # Of eight times the same text one is kept, and two of the second teacher's may enter.
     assert {name: len(found) for name, found in written.items()} == {"teacher": 5, "teacher_2": 10}
     assert counts["pairs"] == 15
+    assert {pair.chosen_epoch for pair in pairs} == {0}
     (line,) = (line for line in run.records() if line["stage"] == "pool")
     assert line == {"stage": "pool", "epoch": 1, "teacher": 5, "teacher_2": 10}
     assert len(first.bodies) == len(second.bodies) == 40
