@@ -1,12 +1,13 @@
 """A run's configuration as a whole: what must go together, and one clear error for what cannot."""
 
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from pydantic import BaseModel, ValidationError, model_validator
 
 from cluster import sections
 from cluster.errors import BadInputError
 from cluster.sections import EXECUTION, Section
+from cluster.teachers import impossible_teachers
 
 
 class RunConfig(Section):
@@ -19,6 +20,8 @@ class RunConfig(Section):
     base_student: sections.Model | None = None
     """Whose wrong traces are N_0; null takes the student. Set for a later stage of a recipe, whose
     student has learned already: daDPO's negatives are the original student's."""
+    further_teachers: tuple[sections.Teacher, ...] = ()
+    """Teachers beside the first, which alone is served and evaluated; their traces are pooled."""
     cluster: sections.Cluster = sections.Cluster()
     sampling: sections.Sampling = sections.Sampling()
     engines: sections.Engines = sections.Engines()
@@ -30,10 +33,16 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
-        problems = list(_impossible_combinations(self))
+        problems = _impossible_combinations(self) + impossible_teachers(self.teachers)
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    @property
+    def teachers(self) -> dict[str, sections.Teacher]:
+        """All teachers in their order, by the names of their traces: teacher, teacher_2, ..."""
+        further = {f"teacher_{n}": each for n, each in enumerate(self.further_teachers, start=2)}
+        return {"teacher": self.teacher, **further}
 
     @property
     def evaluation_tokens(self) -> int:
@@ -107,6 +116,13 @@ def _training_rules(config: RunConfig) -> list[Rule]:
             "raise one of them",
         ),
         (
+            config.teacher.endpoint is not None
+            and ("teacher" in config.scored_by or training.kl_weight > 0),
+            "teacher.endpoint gives texts alone, but this method needs probabilities of the teacher: "
+            "set training.teacher_weight and training.kl_weight to 0, use another method, or run "
+            "the teacher on this cluster",
+        ),
+        (
             training.method == "kto" and training.reference_weight == 0,
             "training.method=kto with reference_weight=0 learns nothing: raise it",
         ),
@@ -177,11 +193,21 @@ def _describe(error: ValidationError) -> str:
 def _options_near(location: tuple[int | str, ...]) -> str:
     model: Any = RunConfig
     for part in location[:-1]:
-        field = model.model_fields.get(part) if isinstance(part, str) else None
-        model = field.annotation if field else None
-        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+        if isinstance(part, int):  # a place in a list of sections
+            continue
+        field = model.model_fields.get(part)
+        model = _section_in(field.annotation) if field else None
+        if model is None:
             return ""
     return f": options here are {', '.join(model.model_fields)}"
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field is, may be, or lists."""
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
 
 
 def recipe_of(config: RunConfig) -> dict[str, Any]:
@@ -195,6 +221,9 @@ def _recipe_fields(section: Section, prefix: str) -> list[tuple[str, Any]]:
         value = getattr(section, name)
         if isinstance(value, Section):
             found += _recipe_fields(value, f"{prefix}{name}.")
+        elif isinstance(value, tuple) and value and isinstance(value[0], Section):
+            for place, item in enumerate(value):
+                found += _recipe_fields(item, f"{prefix}{name}[{place}].")
         elif EXECUTION not in field.metadata:
             plain = section.model_dump(mode="json", include={name})[name]
             found.append((f"{prefix}{name}", plain))

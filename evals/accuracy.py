@@ -1,7 +1,5 @@
 """Accuracy of one model id at an OpenAI-style URL: greedy, one answer a prompt."""
 
-import asyncio
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -13,10 +11,10 @@ import pyarrow as pa
 from cluster.errors import BadInputError, RunError
 from evals.statistics import proportion_standard_error, wilson_interval
 from pipeline.answers import extract_answer, grade
+from pipeline.chat import conversation
+from pipeline.endpoint import ChatEndpoint, ChatReply, ChatRequest, chat_all
 from pipeline.rows import Prompt, Verdict
 from pipeline.tasks import user_message
-
-_TRIES_AGAIN = 5
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,9 @@ class Asking:
     timeout_s: float = 600.0
 
 
+Ask = Callable[[Asking, Sequence[Prompt], Callable[[Answer], None]], list[Answer]]
+
+
 def answers_table(answers: Sequence[Answer]) -> pa.Table:
     """Answers as a table of ANSWER_SCHEMA."""
     return pa.Table.from_pylist([asdict(answer) for answer in answers], schema=ANSWER_SCHEMA)
@@ -68,57 +69,30 @@ def ask_all(
     error. The API key is OPENAI_API_KEY of the environment. Raises BadInputError where the key is
     refused, or the model is not there.
     """
-    return asyncio.run(_ask_all(asking, prompts, on_answer))
+    answers: dict[int, Answer] = {}
+
+    def on_reply(position: int, reply: ChatReply) -> None:
+        prompt = prompts[position]
+        answers[position] = graded(prompt, reply.text, reply.finish_reason, reply.error)
+        on_answer(answers[position])
+
+    endpoint = ChatEndpoint(
+        asking.url, asking.model, concurrency=asking.concurrency, timeout_s=asking.timeout_s
+    )
+    requests = [
+        ChatRequest(conversation(user_message(prompt)), asking.max_tokens, {"temperature": 0})
+        for prompt in prompts
+    ]
+    chat_all(endpoint, requests, on_reply)
+    return [answers[position] for position in range(len(prompts))]
 
 
-async def _ask_all(
-    asking: Asking, prompts: Sequence[Prompt], on_answer: Callable[[Answer], None]
-) -> list[Answer]:
-    import openai
-
-    key = os.environ.get("OPENAI_API_KEY", "none")
-    places = asyncio.Semaphore(asking.concurrency)
-
-    async def one(prompt: Prompt) -> Answer:
-        async with places:
-            answer = await _ask(client, asking, prompt)
-        on_answer(answer)
-        return answer
-
-    async with openai.AsyncOpenAI(
-        base_url=asking.url, api_key=key, max_retries=_TRIES_AGAIN, timeout=asking.timeout_s
-    ) as client:
-        try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(one(prompt)) for prompt in prompts]
-        except* BadInputError as group_error:
-            raise group_error.exceptions[0] from None
-    return [task.result() for task in tasks]
-
-
-async def _ask(client: Any, asking: Asking, prompt: Prompt) -> Answer:
-    import openai
-
-    try:
-        response = await client.chat.completions.create(
-            model=asking.model,
-            messages=[{"role": "user", "content": user_message(prompt)}],
-            max_tokens=asking.max_tokens,
-            temperature=0,
-        )
-    except (openai.NotFoundError, openai.AuthenticationError, openai.PermissionDeniedError) as no:
-        raise BadInputError(
-            f"{asking.url} refuses to answer as {asking.model!r}: {no}. Give the id of a model "
-            "that it serves, and its key in OPENAI_API_KEY"
-        ) from None
-    except openai.APIError as error:
-        return Answer(prompt.prompt_id, "", None, None, None, f"{type(error).__name__}: {error}")
-    choice = response.choices[0]
-    return graded(prompt, choice.message.content or "", choice.finish_reason)
-
-
-def graded(prompt: Prompt, text: str, finish_reason: str | None) -> Answer:
-    """A text as a graded answer."""
+def graded(
+    prompt: Prompt, text: str, finish_reason: str | None, error: str | None = None
+) -> Answer:
+    """The answer that a text is to a prompt, or that an error is."""
+    if error is not None:
+        return Answer(prompt.prompt_id, "", None, None, None, error)
     return Answer(
         prompt_id=prompt.prompt_id,
         text=text,
@@ -137,6 +111,7 @@ def measure_accuracy(
     split: str,
     max_error_share: float = 0.01,
     on_answer: Callable[[Answer], None] = lambda _: None,
+    ask: Ask = ask_all,
 ) -> tuple[dict[str, Any], list[Answer]]:
     """Ask every prompt, grade, and describe: the result's record, and the answers behind it.
 
@@ -147,7 +122,7 @@ def measure_accuracy(
             f"no {split} prompts of {task}: an evaluation needs at least one; give more data"
         )
     start = time.monotonic()
-    answers = ask_all(asking, prompts, on_answer)
+    answers = ask(asking, prompts, on_answer)
     _check_errors(asking, answers, max_error_share)
     facts = {"model": asking.model, "url": asking.url, "max_tokens": asking.max_tokens}
     return result_of_answers(prompts, answers, task, split, start) | facts, answers

@@ -37,7 +37,7 @@ def read_results(run: RunFolder, config: RunConfig) -> list[Result]:
     ]
     shots = len(config.teacher.few_shot)
     shown = f", shown {shots} worked examples" if shots else ""
-    models.append((f"teacher ({config.teacher.model}{shown})", TEACHER, False))
+    models.append((f"teacher ({config.teacher.title}{shown})", TEACHER, False))
     results = []
     for label, model_id, is_best in models:
         test = _read(run, model_id, "test")

@@ -18,6 +18,7 @@ from evals.accuracy import (
     measure_accuracy,
     result_of_answers,
 )
+from evals.foreign import measure_foreign_teacher
 from evals.through_engines import answers_of
 from pipeline.rows import Prompt
 from pipeline.tasks import load_prompts
@@ -55,20 +56,25 @@ def answers_file(result: UPath) -> UPath:
 def evaluate(run: RunFolder, config: RunConfig) -> None:
     """Evaluate base, teacher and every epoch's student on test, students on validation too.
 
-    Results that are there are kept. Starts Ray where it does not run.
+    Results that are there are kept. A teacher behind an endpoint answers there, last. Starts Ray
+    where it does not run.
     """
     jobs = _jobs(run, config)
     missing = [job for job in jobs if not run.evaluation(job.name).exists()]
+    if not config.evaluation.teacher:
+        say("the teacher is not evaluated, since evaluation.teacher is false")
     if len(missing) < len(jobs):
         say(f"evaluation: {len(jobs) - len(missing)} of {len(jobs)} results reused")
-    if not missing:
-        return
-    with ray_session(config):
-        if config.evaluation.through == "engines":
-            for job in missing:
-                _sample_job(job, run, config)
-        else:
-            _serve_jobs(missing, run, config)
+    foreign = [job for job in missing if job.model_id == TEACHER and config.teacher.endpoint]
+    if ours := [job for job in missing if job not in foreign]:
+        with ray_session(config):
+            if config.evaluation.through == "engines":
+                for job in ours:
+                    _sample_job(job, run, config)
+            else:
+                _serve_jobs(ours, run, config)
+    for job in foreign:
+        _ask_job(job, run, config)
 
 
 def _serve_jobs(jobs: list[_Job], run: RunFolder, config: RunConfig) -> None:
@@ -86,12 +92,13 @@ def _serve_jobs(jobs: list[_Job], run: RunFolder, config: RunConfig) -> None:
 
 
 def _jobs(run: RunFolder, config: RunConfig) -> list[_Job]:
+    teacher = [TEACHER] if config.evaluation.teacher else []
     epochs = {student_id(epoch): epoch for epoch in published_epochs(run, config)}
     # With one epoch there is no best one to choose.
     chosen = epochs if len(epochs) > 1 and _prompts(config, "validation") else {}
     return [
         _Job(model_id, split, epochs.get(model_id, 0))
-        for model_id in (BASE, TEACHER, *epochs)
+        for model_id in (BASE, *teacher, *epochs)
         for split in ("validation", "test")
         if split == "test" or model_id in chosen
     ]
@@ -115,6 +122,12 @@ def _sample_job(job: _Job, run: RunFolder, config: RunConfig) -> None:
     result = result_of_answers(prompts, answers, config.task.name, job.split, start)
     facts = {"model": job.model_id, "max_tokens": config.evaluation_tokens}
     _keep(job, run, result | facts, answers)
+
+
+def _ask_job(job: _Job, run: RunFolder, config: RunConfig) -> None:
+    prompts = _prompts(config, job.split)
+    say(f"evaluating {config.teacher.title} on {len(prompts)} {job.split} prompts")
+    _keep(job, run, *measure_foreign_teacher(job.split, prompts, config))
 
 
 def _keep(job: _Job, run: RunFolder, result: dict[str, Any], answers: list[Answer]) -> None:

@@ -23,11 +23,7 @@ class Chat:
 
         `few_shot` are (user message, answer) turns that come before.
         """
-        messages = []
-        for question, answer in few_shot:
-            messages.append({"role": "user", "content": question})
-            messages.append({"role": "assistant", "content": answer})
-        messages.append({"role": "user", "content": user_message})
+        messages = conversation(user_message, few_shot)
         return self._ids(self._render(messages, add_generation_prompt=True))
 
     def response_ids(self, text: str, finished: bool) -> list[int]:
@@ -72,6 +68,17 @@ class Chat:
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def conversation(
+    user_message: str, few_shot: Sequence[tuple[str, str]] = ()
+) -> list[dict[str, str]]:
+    """The turns of a conversation up to where the model answers, in OpenAI's form."""
+    messages = []
+    for question, answer in few_shot:
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": answer})
+    return [*messages, {"role": "user", "content": user_message}]
 
 
 def load_chat(

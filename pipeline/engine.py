@@ -10,6 +10,7 @@ from typing import Any
 from cluster.errors import EngineNotReadyError
 from cluster.sections import Dtype, Engines
 from pipeline.models import resolve_exact
+from pipeline.rows import Wanted
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,9 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class SampleRequest:
+class SampleRequest(Wanted):
     """One sample to draw."""
 
-    key: str
-    prompt_id: str
-    sample_index: int
     prompt_ids: list[int]
     seed: int
 

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import TypeVar
@@ -19,6 +20,7 @@ from cluster.sections import Model
 from cluster.session import refuse_taken_port, refuse_too_few_cpus, starts_own_cluster
 from cluster.storage import is_published, location
 from pipeline.chat import Chat, check_chat, check_same_tokenizer, load_chat
+from pipeline.foreign_plan import plan_foreign
 from pipeline.models import resolve_model
 from pipeline.pairs import draws_from_latest
 from pipeline.rows import Prompt
@@ -70,22 +72,49 @@ def plan_run(config: RunConfig) -> Plan:
     """Look at configuration, data, run folder and model folders; start no model."""
     plan = Plan()
     plan.rows.append(("on", _whereabouts(config)))
-    plan.check(lambda: check_recipe(config))
+    folder = plan.check(lambda: check_recipe(config))
     if starts_own_cluster(config):
         plan.check(lambda: refuse_taken_port(config.serving.host, config.serving.port))
         plan.check(lambda: refuse_too_few_cpus(config))
     splits = plan.check(lambda: _load_splits(plan, config))
     if splits is None:
         return plan
-    teacher = plan.check(lambda: _probe("teacher", config.teacher, config, splits))
-    student = plan.check(lambda: _probe("student", _student(config), config, splits))
-    if teacher and student:
+    probes = _probe_models(plan, config, splits)
+    if student := probes.get("student"):
         plan.check(lambda: _check_training_length(config, student))
-        if config.training.kl_weight:
-            plan.check(lambda: check_same_tokenizer(teacher.chat, student.chat))
-        _plan_models(plan, config, teacher, student)
-        _plan_work(plan, config, len(splits["train"]), teacher, student)
+        if folder:  # else the store may be out of reach
+            _plan_foreign_teachers(plan, config, splits, student.chat)
+        if probes.keys() == _models(config).keys():
+            if config.training.kl_weight:
+                teacher = probes["teacher"]
+                plan.check(lambda: check_same_tokenizer(teacher.chat, student.chat))
+            _plan_models(plan, config, probes)
+            _plan_work(plan, config, len(splits["train"]), probes)
     return plan
+
+
+def _models(config: RunConfig) -> dict[str, Model]:
+    """The models that this cluster runs: teachers without an endpoint, and the student."""
+    local = {name: teacher for name, teacher in config.teachers.items() if not teacher.endpoint}
+    return {**local, "student": _student(config)}
+
+
+def _probe_models(
+    plan: Plan, config: RunConfig, splits: dict[Split, list[Prompt]]
+) -> dict[str, _Probe]:
+    probes = {
+        name: plan.check(partial(_probe, name, section, config, splits))
+        for name, section in _models(config).items()
+    }
+    return {name: probe for name, probe in probes.items() if probe}
+
+
+def _plan_foreign_teachers(
+    plan: Plan, config: RunConfig, splits: dict[Split, list[Prompt]], chat: Chat
+) -> None:
+    for name, teacher in config.teachers.items():
+        if teacher.endpoint:
+            plan.rows += plan.check(partial(plan_foreign, name, config, splits, chat)) or []
 
 
 def _student(config: RunConfig) -> Model:
@@ -126,7 +155,8 @@ def _probe(
     check_chat(chat, trained[0])
     engines, serving = config.engines.max_model_len, config.serving.max_model_len
     new_tokens, share = config.sampling.max_new_tokens, config.sampling.max_error_share
-    for part, context in (("engines", engines), ("serving", serving)):
+    served = name in ("teacher", "student")  # not so the further teachers
+    for part, context in (("engines", engines), ("serving", serving))[: 1 + served]:
         if shape.context and context > shape.context:
             raise BadInputError(
                 f"{part}.max_model_len={context} is more than the {name}'s own context of "
@@ -134,8 +164,9 @@ def _probe(
             )
     prompts = len(splits["train"])
     _check_room("engines", engines, trained, new_tokens, share * prompts)
-    prompts = len(splits["validation"]) + len(splits["test"])
-    _check_room("serving", serving, asked, config.evaluation_tokens, share * prompts)
+    if served:
+        prompts = len(splits["validation"]) + len(splits["test"])
+        _check_room("serving", serving, asked, config.evaluation_tokens, share * prompts)
     # A longer prompt than the engines take gets no traces, and so never comes to training.
     taken = (ids for ids in trained if len(ids) + new_tokens <= engines)
     return _Probe(folder, shape, chat, next(taken, trained[0]))
@@ -180,8 +211,8 @@ def _check_training_length(config: RunConfig, student: _Probe) -> None:
         )
 
 
-def _plan_models(plan: Plan, config: RunConfig, teacher: _Probe, student: _Probe) -> None:
-    for name, probe in (("teacher", teacher), ("student", student)):
+def _plan_models(plan: Plan, config: RunConfig, probes: dict[str, _Probe]) -> None:
+    for name, probe in probes.items():
         engine = memory.engine_bytes(probe.shape, config.engines) / _GIB
         text = (
             f"{probe.folder.name}: {probe.shape.parameters / 1e6:.0f} M parameters, longest prompt "
@@ -192,13 +223,13 @@ def _plan_models(plan: Plan, config: RunConfig, teacher: _Probe, student: _Probe
         plan.rendered.append(("as ids", " ".join(map(str, probe.prompt_ids))))
 
 
-def _plan_work(
-    plan: Plan, config: RunConfig, prompts: int, teacher: _Probe, student: _Probe
-) -> None:
+def _plan_work(plan: Plan, config: RunConfig, prompts: int, probes: dict[str, _Probe]) -> None:
+    student = probes["student"]
     training, samples = config.training, config.sampling.samples
     if training.epochs == 0:
         plan.rows.append(("training", "none: only base and teacher are evaluated"))
         return
+    teachers = config.teachers.values()
     contrasts = config.contrasts
     refreshes = sum(
         contrasts and draws_from_latest(epoch, config.pairs.phi_in(epoch))
@@ -206,7 +237,8 @@ def _plan_work(
     )
     students = int(contrasts and config.pairs.negatives_from == "student") + refreshes
     traces = prompts * samples
-    per_prompt = min(samples, config.pairs.positives_per_prompt or samples)
+    pooled = sum(min(samples, each.traces_per_prompt or samples) for each in teachers)
+    per_prompt = min(pooled, config.pairs.positives_per_prompt or pooled)
     pairs = ceil(prompts * per_prompt * _ASSUMED_RIGHT)
     per_epoch = training.steps_per_epoch or ceil(pairs / training.global_batch)
     steps = training.epochs * per_epoch
@@ -214,9 +246,10 @@ def _plan_work(
         student.longest_prompt + 2 * config.sampling.max_new_tokens, 2 * training.max_length
     )
     worker = memory.training_bytes(student.shape, training, row_tokens) / _GIB
-    seconds = _seconds(config, traces, students, pairs, row_tokens, teacher, student)
+    seconds = _seconds(config, traces, students, pairs, row_tokens, probes)
+    taught = "the teacher" if len(teachers) == 1 else f"each of {len(teachers)} teachers"
     plan.rows += [
-        ("sampling", f"{traces} traces of the teacher, {students} x {traces} of students"),
+        ("sampling", f"{traces} traces of {taught}, {students} x {traces} of students"),
         *[("scoring", f"pairs of each epoch by {' and '.join(config.scored_by)}")]
         * bool(config.scored_by),
         ("engines", f"{config.engines.min_engines} to {config.engines.max_engines}"),
@@ -241,16 +274,17 @@ def _seconds(
     students: int,
     pairs: int,
     row_tokens: int,
-    teacher: _Probe,
-    student: _Probe,
+    probes: dict[str, _Probe],
 ) -> float:
+    student = probes["student"].shape.parameters
+    teachers = sum(probe.shape.parameters for probe in probes.values()) - student
     cores = os.cpu_count() or 1
     gpu = config.cluster.accelerator == "gpu"
     decoding = memory.GPU_DECODING if gpu else memory.CPU_CORE_DECODING * cores
     training = memory.GPU_TRAINING if gpu else memory.CPU_CORE_TRAINING * cores
     tokens = traces * config.sampling.max_new_tokens
-    sampled = 2 * tokens * (teacher.shape.parameters + students * student.shape.parameters)
-    trained = 6 * config.training.epochs * pairs * row_tokens * student.shape.parameters
+    sampled = 2 * tokens * (teachers + students * student)
+    trained = 6 * config.training.epochs * pairs * row_tokens * student
     workers = config.training.workers if gpu else 1
     engines = config.engines.max_engines if gpu else 1
     return sampled / (decoding * engines) + trained / (training * workers)

@@ -3,6 +3,8 @@
 It keeps nothing but the run folder and the store, so a new one goes on where a killed one stopped.
 """
 
+import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -15,14 +17,16 @@ from cluster.sections import Model
 from cluster.session import uses_gpu
 from cluster.storage import is_published, publish_folder, staging_folder, write_table
 from pipeline.anchors import asked_of, fit_pairs
+from pipeline.foreign import ForeignWriter, endpoint_keys, foreign_writer
 from pipeline.grading import NEGATIVES, POSITIVE, describe_traces, grade_samples, keep_anew
 from pipeline.pairs import Pools, count_pairs, draw_pairs, draws_from_latest, pool
 from pipeline.pool import release_engines
 from pipeline.rows import Anchor, Pair, Prompt, Trace, from_table, to_table
-from pipeline.sampling import Writer, make_writer, plan_requests, sample
+from pipeline.sampling import Writer, make_writer, planned_keys, sample
 from pipeline.scoring import score
 from pipeline.store import SampleStore, ScoreStore
 from pipeline.tasks import load_prompts, user_message
+from pipeline.teachers import pool_teachers
 
 COUNTS_FILE = "counts.json"
 _REFERENCE = "reference"  # the student as this stage of the recipe found it
@@ -31,8 +35,16 @@ _REFERENCE = "reference"  # the student as this stage of the recipe found it
 class MixedPolicyResampler:
     """Samples the teacher and the student as pairs ask for them, and draws the pairs."""
 
-    def __init__(self, run: RunFolder, config: RunConfig, board: Any = None) -> None:
+    def __init__(
+        self,
+        run: RunFolder,
+        config: RunConfig,
+        board: Any = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """`environment` holds what this process may lack of the driver's: keys of endpoints."""
         attach(board)
+        os.environ.update(environment or {})
         self._run, self._config = run, config
         self._on_gpu = uses_gpu(config)
         self._store = SampleStore(storage.location(config.run.store))
@@ -67,10 +79,10 @@ class MixedPolicyResampler:
         release_engines(self._config)
 
     def _draw_pairs(self, epoch: int) -> list[Pair]:
-        positives = pool(self.traces("teacher"))
+        positives = pool(self._positives(epoch))
         if not positives:
             raise RunError(
-                f"the teacher has no right trace on any of {len(self._prompts)} prompts, so there "
+                f"no teacher has a right trace on any of {len(self._prompts)} prompts, so there "
                 "is nothing to learn: look at completions/teacher.parquet; a stronger teacher, "
                 "worked examples (teacher.few_shot) or easier prompts help"
             )
@@ -99,7 +111,7 @@ class MixedPolicyResampler:
         )
         if not self._config.scored_by:
             return drawn
-        chat = self._writer(_REFERENCE, 0).chat
+        chat = self._reader(_REFERENCE, 0).chat
         return fit_pairs(drawn, chat, self._config.training.max_length)
 
     def _score(self, epoch: int, pairs: list[Pair]) -> None:
@@ -107,9 +119,9 @@ class MixedPolicyResampler:
         if not self._config.scored_by:
             return
         store = ScoreStore(storage.location(self._config.run.store))
-        student, anchors = self._writer(_REFERENCE, 0), []
+        student, anchors = self._reader(_REFERENCE, 0), []
         for name in self._config.scored_by:
-            reader = self._writer("teacher", 0) if name == "teacher" else student
+            reader = self._reader("teacher", 0) if name == "teacher" else student
             texts = asked_of(name, pairs, self._config, student.chat)
             scores = score(reader, texts, self._config, store, self._on_gpu)
             anchors += [
@@ -122,34 +134,48 @@ class MixedPolicyResampler:
         if self._config.pairs.negatives_from == "student":
             return self.traces(student_name(0))
         usable = NEGATIVES[self._config.pairs.negatives]
-        return keep_anew(self.traces("teacher"), usable, self._config.sampling.max_rouge_l)
+        limit = self._config.sampling.max_rouge_l
+        found = (keep_anew(self.traces(name), usable, limit) for name in self._config.teachers)
+        return [trace for traces in found for trace in traces]
 
     def _later_students(self, epoch: int) -> list[str]:
         """Whose negatives the pairs of `epoch` may hold beside N_0's, the latest student first."""
         oldest = 1 if self._config.pairs.draw == "recent" else epoch - 1
         return [student_name(earlier) for earlier in range(epoch - 1, oldest - 1, -1)]
 
+    def _positives(self, epoch: int) -> list[Trace]:
+        """The pool of all teachers' right traces, teacher after teacher."""
+        teachers = self._config.teachers
+        traces = {name: self.traces(name) for name in teachers}
+        caps = {name: teacher.traces_per_prompt for name, teacher in teachers.items()}
+        pooled = pool_teachers(traces, caps, self._config.sampling.max_rouge_l)
+        if len(teachers) > 1:
+            counts = {name: len(entered) for name, entered in pooled.items()}
+            self._run.record(stage="pool", epoch=epoch, **counts)
+            shown = (f"{n} of {name} ({teachers[name].title})" for name, n in counts.items())
+            say(f"positives: {', '.join(shown)}")
+        return [trace for entered in pooled.values() for trace in entered]
+
     def traces(self, name: str) -> list[Trace]:
-        """The graded traces of "teacher" or "student_NNN", sampled now if the run has none.
+        """The graded traces of a teacher or of "student_NNN", sampled now if the run has none.
 
         Raises BadInputError where those that it has answer other prompts, or are of another model.
         """
-        epoch = 0 if name == "teacher" else int(name.rpartition("_")[2])
+        epoch = 0 if name in self._config.teachers else int(name.rpartition("_")[2])
         path, writer = self._run.completions(name), self._writer(name, epoch)
         if not path.exists():
             self._sample(name, epoch, writer)
         traces = from_table(Trace, storage.read_table(path))
-        config = self._config
-        asked = plan_requests(writer, self._prompts, config.sampling.samples, config.run.seed)
-        if {trace.key for trace in traces} != {request.key for request in asked}:
+        if {trace.key for trace in traces} != planned_keys(writer, self._prompts, self._config):
             raise BadInputError(
                 f"{path} was sampled from other data, or by another model, than are now at the "
                 "places that the recipe names: put those back, or set run.folder to a new folder"
             )
         return traces
 
-    def _sample(self, name: str, epoch: int, writer: Writer) -> None:
-        usable = POSITIVE if name == "teacher" else NEGATIVES[self._config.pairs.negatives]
+    def _sample(self, name: str, epoch: int, writer: Writer | ForeignWriter) -> None:
+        teaches = name in self._config.teachers
+        usable = POSITIVE if teaches else NEGATIVES[self._config.pairs.negatives]
         samples = sample(writer, self._prompts, self._config, self._store, self._on_gpu)
         traces = grade_samples(
             samples, self._prompts, epoch, usable, self._config.sampling.max_rouge_l
@@ -163,16 +189,22 @@ class MixedPolicyResampler:
             f"{figures['kept']:.0f} kept, {figures['errors']:.0f} errors"
         )
 
-    def _writer(self, name: str, epoch: int) -> Writer:
-        kind = self._prompts[0].kind
+    def _writer(self, name: str, epoch: int) -> Writer | ForeignWriter:
+        teacher = self._config.teachers.get(name)
+        if teacher and teacher.endpoint:
+            return foreign_writer(name, teacher, self._config, self._prompts[0].kind)
+        return self._reader(name, epoch)
+
+    def _reader(self, name: str, epoch: int) -> Writer:
+        """A model of this cluster."""
         config = self._config
         sections: dict[str, Model] = {
-            "teacher": config.teacher,
+            **config.teachers,
             student_name(0): config.base_student or config.student,
         }
         section = sections.get(name, config.student)
         reference = str(self._run.checkpoint(epoch)) if epoch else section.model
-        return make_writer(name, reference, section, config, kind)
+        return make_writer(name, reference, section, config, self._prompts[0].kind)
 
     def _publish(self, epoch: int, pairs: list[Pair], counts: dict[str, int]) -> None:
         folder = self._run.pairs(epoch)
@@ -192,4 +224,6 @@ def start_resampler(run: RunFolder, config: RunConfig, board: Any) -> Any:
     import ray
 
     actor = ray.remote(MixedPolicyResampler)
-    return actor.options(num_cpus=0, max_restarts=-1, max_task_retries=3).remote(run, config, board)
+    return actor.options(num_cpus=0, max_restarts=-1, max_task_retries=3).remote(
+        run, config, board, endpoint_keys(config)
+    )

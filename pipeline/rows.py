@@ -24,6 +24,15 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """A sample that a stage wants. What is asked of a model extends it."""
+
+    key: str
+    prompt_id: str
+    sample_index: int
+
+
+@dataclass(frozen=True)
 class Sample:
     """One answer of one model to one prompt. Written to the store by pipeline/sampling."""
 

@@ -1,19 +1,20 @@
-"""Sampling as an anti-join: ask the store what is there, and sample only the rest."""
+"""Sampling from a model: what is asked, of whom, and how the engines of this cluster answer."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
 from cluster.config import RunConfig
-from cluster.errors import RunError
-from cluster.progress import progress, say
+from cluster.progress import progress
 from cluster.sections import Model
 from cluster.storage import digest_file, digest_text
 from pipeline.chat import Chat, load_chat
 from pipeline.engine import Completion, Decoding, SampleRequest, Weights
 from pipeline.fan_out import ask_patiently, through_engines
+from pipeline.foreign import ForeignWriter, plan_foreign_requests, sample_foreign
+from pipeline.missing import sample_key, sample_missing
 from pipeline.models import model_digest, resolve_model
 from pipeline.pool import ensure_engines
 from pipeline.rows import Kind, Prompt, Sample
@@ -64,61 +65,53 @@ def make_writer(name: str, reference: str, section: Model, config: RunConfig, ki
 def plan_requests(
     writer: Writer, prompts: Sequence[Prompt], samples: int, seed: int
 ) -> list[SampleRequest]:
-    """All samples that a stage wants, `samples` a prompt, each with its key and its own seed.
-
-    K is not in the key, so that a larger K samples only what is missing.
-    """
+    """All samples that a stage wants, `samples` a prompt, each with its key and its own seed."""
     manner = repr((writer.weights.digest, writer.weights.dtype, writer.decoding))
     requests = []
     for prompt in prompts:
         ids = writer.chat.prompt_ids(user_message(prompt), writer.few_shot)
         rendered = digest_text(manner, writer.chat.template, repr(ids))
         for index in range(samples):
-            key = digest_text(rendered, str(index), str(seed))
-            requests.append(
-                SampleRequest(key, prompt.prompt_id, index, ids, seed=int(key[:7], base=16))
-            )
+            key, own_seed = sample_key(rendered, index, seed)
+            requests.append(SampleRequest(key, prompt.prompt_id, index, ids, own_seed))
     return requests
 
 
 def sample(
-    writer: Writer,
+    writer: Writer | ForeignWriter,
     prompts: Sequence[Prompt],
     config: RunConfig,
     store: SampleStore,
     on_gpu: bool,
 ) -> list[Sample]:
-    """K samples of each prompt: those of the store, and new ones of the engines for the rest.
+    """K samples of each prompt: those of the store, and new ones for the rest.
 
     A request that fails is a row with its error; it is not stored, so a later run tries it again.
     Raises RunError past sampling.max_error_share.
     """
-    requests = plan_requests(writer, prompts, config.sampling.samples, config.run.seed)
-    by_key = {request.key: request for request in requests}
-    stored = store.keys(writer.weights.digest)
-    missing = [request for key, request in by_key.items() if key not in stored]
-    room = config.engines.max_model_len - writer.decoding.max_new_tokens
-    too_long = [
-        _refusal(request, writer, room) for request in missing if len(request.prompt_ids) > room
-    ]
-    missing = [request for request in missing if len(request.prompt_ids) <= room]
-    if reused := len(stored & by_key.keys()):
-        say(f"{writer.name}: {reused} of {len(by_key)} samples reused")
-    failed = list(_draw(writer, missing, config, store, on_gpu)) if missing else []
-    errors = too_long + failed
-    _check_error_share(writer, errors, len(by_key), config.sampling.max_error_share)
-    found = store.read(writer.weights.digest, set(by_key))
-    found |= {row.key: row for row in errors}
-    if lost := by_key.keys() - found.keys():
-        raise RunError(
-            f"{len(lost)} of {len(by_key)} samples of {writer.name} are not in {store.root} after "
-            "sampling: is run.store one place for all nodes? Run again to draw them"
-        )
-    # The key holds what was asked; the id that a prompt goes by may differ between runs.
-    return [
-        replace(found[request.key], prompt_id=request.prompt_id, sample_index=request.sample_index)
-        for request in requests
-    ]
+    samples, seed = config.sampling.samples, config.run.seed
+    if isinstance(writer, ForeignWriter):
+        return sample_foreign(writer, prompts, samples, config, store)
+
+    def draw(missing: list[SampleRequest]) -> list[Sample]:
+        room = config.engines.max_model_len - writer.decoding.max_new_tokens
+        fitting = [request for request in missing if len(request.prompt_ids) <= room]
+        too_long = [request for request in missing if len(request.prompt_ids) > room]
+        errors = [_refusal(request, writer, room) for request in too_long]
+        return errors + (list(_draw(writer, fitting, config, store, on_gpu)) if fitting else [])
+
+    requests = plan_requests(writer, prompts, samples, seed)
+    allowed = config.sampling.max_error_share
+    return sample_missing(writer.name, writer.weights.digest, requests, draw, store, allowed)
+
+
+def planned_keys(
+    writer: Writer | ForeignWriter, prompts: Sequence[Prompt], config: RunConfig
+) -> set[str]:
+    """Keys of all samples that `sample` gives."""
+    plan: Any = plan_foreign_requests if isinstance(writer, ForeignWriter) else plan_requests
+    planned = plan(writer, prompts, config.sampling.samples, config.run.seed)
+    return {request.key for request in planned}
 
 
 def _refusal(request: SampleRequest, writer: Writer, room: int) -> Sample:
@@ -135,18 +128,6 @@ def _row(request: SampleRequest, model: str, completion: Completion) -> Sample:
         sample_index=request.sample_index,
         model=model,
         **vars(completion),
-    )
-
-
-def _check_error_share(
-    writer: Writer, errors: Sequence[Sample], total: int, max_error_share: float
-) -> None:
-    if len(errors) <= max_error_share * total:
-        return
-    raise RunError(
-        f"{writer.name}: {len(errors)} of {total} samples failed, more than "
-        f"sampling.max_error_share={max_error_share:g} allows. The first: {errors[0].error}. "
-        "What was sampled is kept; run again to try the rest"
     )
 
 

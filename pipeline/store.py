@@ -6,7 +6,7 @@ not match its marker is set aside, and its rows are simply missing again.
 
 import io
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -32,9 +32,9 @@ class _Store(Generic[Stored]):
     row_type: ClassVar[type]
     name: ClassVar[str]
 
-    def write(self, rows: Iterable[Stored]) -> None:
-        """Add rows of one model as one new file, whole or not at all."""
-        table = to_table(self.row_type, rows)
+    def write(self, rows: Iterable[Stored], note: Mapping[str, str] | None = None) -> None:
+        """Add rows of one model as one new file, whole or not at all, and a note in it."""
+        table = to_table(self.row_type, rows).replace_schema_metadata(note)
         if not len(table):
             return
         folder = self._folder(table["model"][0].as_py())
@@ -48,6 +48,12 @@ class _Store(Generic[Stored]):
     def keys(self, model: str) -> set[str]:
         """Keys of all rows that `model` has."""
         return {key for table in self._tables(model, ["key"]) for key in table["key"].to_pylist()}
+
+    def notes(self, model: str) -> Iterator[dict[str, str]]:
+        """The notes in the files of `model`, one a file; those without any give an empty one."""
+        for table in self._tables(model, ["key"]):
+            found = table.schema.metadata or {}
+            yield {name.decode(): value.decode() for name, value in found.items()}
 
     def read(self, model: str, keys: set[str]) -> dict[str, Stored]:
         """The rows of `model` with these keys; missing ones are left out."""

@@ -101,18 +101,18 @@ def best_epoch(run: RunFolder, epochs: list[int]) -> int | None:
 def served_models(run: RunFolder, config: RunConfig) -> list[ServedModel]:
     """Base, teacher, the student after each published epoch, and "student", the best of them.
 
-    With serving.resident="best", only base and best student are resident.
+    With serving.resident="best", only base and best student are resident. A teacher behind an
+    endpoint is served there, and is left out.
     """
     from pipeline.tasks import TASKS, worked_examples
 
     everything = config.serving.resident == "all"
     base = model_of_section(BASE, config.student)
-    teacher = replace(
-        model_of_section(TEACHER, config.teacher),
-        few_shot=worked_examples(config.teacher, TASKS[config.task.name].kind),
-        resident=everything,
-    )
-    models = [base, teacher]
+    models = [base]
+    if not config.teacher.endpoint:
+        shots = worked_examples(config.teacher, TASKS[config.task.name].kind)
+        teacher = model_of_section(TEACHER, config.teacher)
+        models.append(replace(teacher, few_shot=shots, resident=everything))
     epochs = published_epochs(run, config)
     students = {
         epoch: replace(

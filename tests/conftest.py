@@ -2,6 +2,8 @@
 
 import os
 import socket
+import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -40,6 +42,93 @@ def free_port() -> Callable[[], int]:
         raise AssertionError
 
     return find
+
+
+class ChatServer:
+    """A real HTTP server that speaks OpenAI's form, and remembers what it was asked.
+
+    `reply` maps a request's body to a text, or to (status, error message, headers).
+    """
+
+    def __init__(self, reply, models=("big",)) -> None:
+        self.reply, self.models, self.usage = reply, models, True
+        self.bodies, self.keys, self.arrivals = [], [], []
+        self.answered = self.under_way = self.most_under_way = 0
+        self._start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.servers[0].sockets[0].getsockname()[1]}/v1"
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(10)
+
+    def _start(self) -> None:
+        import uvicorn
+
+        quiet = uvicorn.Config(self._app(), host="127.0.0.1", port=0, log_level="error")
+        self._server = uvicorn.Server(quiet)
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._thread.start()
+        while not self._server.started:
+            assert self._thread.is_alive()
+            time.sleep(0.01)
+
+    def _app(self):
+        from fastapi import FastAPI, Request
+        from fastapi.concurrency import run_in_threadpool
+        from fastapi.responses import JSONResponse
+
+        app = FastAPI()
+
+        @app.get("/v1/models")
+        def models():
+            if isinstance(self.models, int):
+                return JSONResponse({"error": {"message": "no list"}}, self.models)
+            return {"object": "list", "data": [{"id": name} for name in self.models]}
+
+        @app.post("/v1/chat/completions")
+        async def chat(request: Request):
+            self.keys.append(request.headers["authorization"])
+            self.arrivals.append(time.monotonic())
+            body = await request.json()
+            self.bodies.append(body)
+            self.under_way += 1
+            self.most_under_way = max(self.most_under_way, self.under_way)
+            found = await run_in_threadpool(self.reply, body)
+            self.under_way -= 1
+            if not isinstance(found, str):
+                status, message, headers = found
+                return JSONResponse({"error": {"message": message}}, status, headers)
+            self.answered += 1
+            return self._completion(found)
+
+        return app
+
+    def _completion(self, text):
+        choice = {
+            "index": 0,
+            "finish_reason": "length" if text.endswith("...") else "stop",
+            "message": {"role": "assistant", "content": text},
+        }
+        usage = {"prompt_tokens": 20, "completion_tokens": 5, "total_tokens": 25}
+        body = {"id": "1", "object": "chat.completion", "model": "big", "created": 0}
+        return body | {"choices": [choice]} | ({"usage": usage} if self.usage else {})
+
+
+@pytest.fixture
+def chat_server():
+    """Starts ChatServers, and stops them after the test."""
+    servers = []
+
+    def start(reply=lambda _: "\\boxed{1}", **options) -> ChatServer:
+        servers.append(ChatServer(reply, **options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
 
 
 @pytest.fixture(scope="session")

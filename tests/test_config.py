@@ -106,6 +106,24 @@ def test_bad_values_are_refused_by_name(config_file, override, message):
         load_config(config_file, [override])
 
 
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        (["training.method=dadpo"], True),
+        (["training.method=dadpo", "training.teacher_weight=0"], False),
+        (["training.method=sft", "training.kl_weight=0.1"], True),
+        (["training.method=kto"], False),
+    ],
+)
+def test_a_teacher_behind_an_endpoint_has_no_probabilities(config_file, options, refused):
+    options = [*options, "teacher.endpoint.url=http://localhost:1/v1"]
+    if refused:
+        with pytest.raises(BadInputError, match="gives texts alone"):
+            load_config(config_file, options)
+    else:
+        load_config(config_file, options)
+
+
 def test_a_missing_section_is_named(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({key: MINIMAL[key] for key in ("run", "task", "teacher")}))

@@ -8,12 +8,15 @@ import pytest
 from rich.console import Console
 
 from cluster.config import parse_config
+from cluster.run_folder import RunFolder
+from cluster.storage import location
 from pipeline.plan import describe_plan, plan_run
+from pipeline.resampler import MixedPolicyResampler
 
 
 @pytest.fixture
-def plan_of(tiny_llama, tmp_path):
-    def plan(**sections):
+def config_of(tiny_llama, tmp_path):
+    def config(**sections):
         raw = {
             "run": {"folder": str(tmp_path / "run")},
             "cluster": {"address": "auto"},
@@ -33,11 +36,17 @@ def plan_of(tiny_llama, tmp_path):
             "serving": {"max_model_len": 512},
             "training": {"epochs": 3, "global_batch": 4},
         }
+        raw["further_teachers"] = sections.pop("further_teachers", [])
         for section, options in sections.items():
             raw.setdefault(section, {}).update(options)
-        return plan_run(parse_config(raw, "test"))
+        return parse_config(raw, "test")
 
-    return plan
+    return config
+
+
+@pytest.fixture
+def plan_of(config_of):
+    return lambda **sections: plan_run(config_of(**sections))
 
 
 def rows(plan):
@@ -103,3 +112,69 @@ def test_a_student_that_scales_its_logits_is_refused(plan_of, tiny_llama, tmp_pa
     assert not plan_of(teacher={"model": str(scaled)}).refusals
     (refusal,) = plan_of(student={"model": str(scaled)}).refusals
     assert "'logits_scaling': 8.0" in refusal
+
+
+PRICES = {"price_per_million_input_tokens": 10, "price_per_million_output_tokens": 20}
+
+
+def test_a_teacher_behind_an_endpoint_is_asked_nothing_that_costs(plan_of, chat_server):
+    server = chat_server()
+    endpoint = {"url": server.url, "requests_per_minute": 4, **PRICES, "spending_limit": 0.05}
+    plan = plan_of(teacher={"model": "big", "endpoint": endpoint})
+    assert not plan.refusals
+    assert not server.bodies
+    # 4 samples of 10 train prompts, and an answer to each of 3 test prompts, of 32 tokens each.
+    host = server.url.removeprefix("http://").removesuffix("/v1")
+    assert rows(plan)["teacher"] == (
+        f"big at {host}: 43 requests, 0 of them in the store, the rest in at least 11 min"
+    )
+    cost = rows(plan)["teacher's cost"]
+    prompt_tokens = int(cost.partition("(about ")[2].partition(" ")[0])
+    # 43 answers of 32 tokens at 20 a million come to 0.02752, prompt tokens to 10 a million.
+    assert cost.startswith(f"at most about {prompt_tokens / 1e5 + 0.02752:.4g} (")
+    assert "at most 1376 of answers), 0 spent of spending_limit=0.05; where that" in cost
+    # The worked example is sent with each: the teacher's prompts are longer than the student's.
+    student = int(rows(plan)["student"].partition("longest prompt ")[2].split()[0])
+    assert prompt_tokens > 43 * student
+    assert rows(plan)["sampling"].startswith("40 traces of the teacher")
+
+
+def test_what_the_teacher_would_refuse_is_refused_by_the_plan(plan_of, chat_server):
+    server = chat_server(models=("other",))
+    (refusal,) = plan_of(teacher={"model": "big", "endpoint": {"url": server.url}}).refusals
+    assert "has no model 'big', only other" in refusal
+
+
+def test_an_endpoint_that_will_not_be_asked_any_more_need_not_be_there(
+    config_of, chat_server, tmp_path
+):
+    server = chat_server()
+    options = {
+        "run": {"store": str(tmp_path / "store")},
+        "cluster": {"accelerator": "cpu"},
+        "teacher": {"model": "big", "endpoint": {"url": server.url}},
+        "evaluation": {"teacher": False},
+    }
+    config = config_of(**options)
+    MixedPolicyResampler(RunFolder(location(config.run.folder)), config).traces("teacher")
+    server.models = 401
+    plan = plan_run(config)
+    assert not plan.refusals
+    assert "40 requests, 40 of them in the store" in rows(plan)["teacher"]
+
+
+def test_each_of_several_teachers_is_planned(plan_of, tiny_llama, tiny_gemma, chat_server):
+    endpoint = {"url": chat_server().url}
+    further = [
+        {"model": "big", "endpoint": endpoint, "traces_per_prompt": 1},
+        {"model": str(tiny_gemma)},
+    ]
+    plan = plan_of(further_teachers=further)
+    assert not plan.refusals
+    found = rows(plan)
+    assert found["sampling"] == "40 traces of each of 3 teachers, 3 x 40 of students"
+    assert "40 requests" in found["teacher_2"], "further teachers are not evaluated"
+    assert "no prices are given" in found["teacher_2's cost"]
+    assert tiny_gemma.name in found["teacher_3"]
+    # 4 + 1 + 4 traces of 10 prompts, half of them right
+    assert "about 45 pairs" in found["training"]

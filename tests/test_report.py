@@ -120,6 +120,20 @@ def test_model_card_has_a_row_a_model(run, config):
     assert "\n\n\n" not in card
 
 
+def test_a_teacher_that_others_serve_is_named_with_its_host(run, config):
+    raw = config.model_dump(mode="json")
+    raw["teacher"] |= {"endpoint": {"url": "https://api.example.com/v1"}}
+    foreign = parse_config(raw | {"further_teachers": [{"model": "second"}]}, "test")
+    write_result(run, "teacher", "test", 4)
+    write_report(run, foreign)
+    card, page = ((run.root / name).read_text() for name in ("README.md", "report.html"))
+    title = "big at api.example.com (shown 1 worked examples)"
+    assert f"right traces of\n{title} and\nsecond by\nORPO-Distill" in card
+    assert "| teacher (big at api.example.com, shown 1 worked examples) |" in card
+    assert "serve them with the base model on one" in card
+    assert "taught by big at api.example.com and second." in page
+
+
 def test_report_of_a_run_that_has_just_begun(config):
     run = RunFolder(storage.location(config.run.folder))
     run.root.mkdir(parents=True)

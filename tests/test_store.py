@@ -34,6 +34,13 @@ def test_models_are_kept_apart(store):
     assert store.keys("unknown") == set()
 
 
+def test_a_note_stays_with_its_file_and_changes_no_sample(store):
+    store.write([sample("a")], {"run": "r", "tokens": "3"})
+    store.write([sample("b")])
+    assert sorted(store.notes("m"), key=len) == [{}, {"run": "r", "tokens": "3"}]
+    assert store.read("m", {"a", "b"}) == {"a": sample("a"), "b": sample("b")}
+
+
 def test_writing_nothing_leaves_nothing(store, tmp_path):
     store.write([])
     assert not (tmp_path / "store").exists()
