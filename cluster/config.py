@@ -67,6 +67,11 @@ def _impossible_combinations(config: RunConfig) -> list[str]:
             f"engines.max_model_len={engines.max_model_len}: raise the context or lower the tokens",
         ),
         (
+            sampling.temperature == 0 and sampling.samples > 1,
+            f"sampling.samples={sampling.samples} greedy samples (sampling.temperature=0) would be "
+            "one and the same: set sampling.samples to 1, or sampling.temperature above 0",
+        ),
+        (
             config.evaluation_tokens >= config.serving.max_model_len,
             f"evaluation.max_new_tokens={config.evaluation_tokens} leaves no room for a prompt in "
             f"serving.max_model_len={config.serving.max_model_len}: raise the context or lower the "
@@ -172,6 +177,10 @@ def _describe(error: ValidationError) -> str:
             lines.append(f"{where} is not an option{_options_near(problem['loc'])}")
         elif problem["type"] == "missing":
             lines.append(f"{where} is missing: set it")
+        elif problem["type"] == "union_tag_not_found":
+            lines.append(
+                f"{where}.{problem['ctx']['discriminator'].strip(chr(39))} is missing: set it"
+            )
         elif problem["type"] == "value_error":
             lines.append(str(problem["ctx"]["error"]))
         else:

@@ -4,7 +4,7 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,9 +12,10 @@ import pyarrow as pa
 
 from cluster.errors import BadInputError, RunError
 from evals.statistics import proportion_standard_error, wilson_interval
-from pipeline.answers import extract_answer, grade
+from pipeline.answers import extract_answer
 from pipeline.rows import Prompt, Verdict
 from pipeline.tasks import user_message
+from pipeline.verdicts.exact import Grader, exact_verdict, grade_exactly
 
 _TRIES_AGAIN = 5
 
@@ -26,7 +27,7 @@ class Answer:
     prompt_id: str
     text: str
     answer: str | None  # canonical, None where the text has none
-    verdict: Verdict | None  # None on error
+    verdict: Verdict | None  # None on error, and of an open prompt until all answers are there
     finish_reason: str | None
     error: str | None
 
@@ -114,18 +115,34 @@ async def _ask(client: Any, asking: Asking, prompt: Prompt) -> Answer:
     except openai.APIError as error:
         return Answer(prompt.prompt_id, "", None, None, None, f"{type(error).__name__}: {error}")
     choice = response.choices[0]
-    return _graded(prompt, choice.message.content or "", choice.finish_reason)
+    return _answer(prompt, choice.message.content or "", choice.finish_reason)
 
 
-def _graded(prompt: Prompt, text: str, finish_reason: str | None) -> Answer:
+def _answer(prompt: Prompt, text: str, finish_reason: str | None) -> Answer:
     return Answer(
         prompt_id=prompt.prompt_id,
         text=text,
         answer=extract_answer(text, prompt.kind, prompt.choices),
-        verdict=grade(text, prompt.kind, prompt.gold, prompt.choices),
+        verdict=None if prompt.kind == "open" else exact_verdict(prompt, text),
         finish_reason=finish_reason,
         error=None,
     )
+
+
+def _graded(answers: list[Answer], prompts: Sequence[Prompt], grader: Grader) -> list[Answer]:
+    """The answers, those to open prompts with the verdicts of `grader`."""
+    waiting = [
+        (place, prompt)
+        for place, prompt in enumerate(prompts)
+        if answers[place].verdict is None and answers[place].error is None
+    ]
+    if not waiting:
+        return answers
+    verdicts = grader([(prompt, answers[place].text) for place, prompt in waiting])
+    graded = list(answers)
+    for (place, _), verdict in zip(waiting, verdicts, strict=True):
+        graded[place] = replace(answers[place], verdict=verdict)
+    return graded
 
 
 def measure_accuracy(
@@ -134,12 +151,14 @@ def measure_accuracy(
     *,
     task: str,
     split: str,
+    grader: Grader = grade_exactly,
     max_error_share: float = 0.01,
     on_answer: Callable[[Answer], None] = lambda _: None,
 ) -> tuple[dict[str, Any], list[Answer]]:
     """Ask every prompt, grade, and describe: the result's record, and the answers behind it.
 
-    Raises BadInputError without prompts, RunError past `max_error_share`.
+    `grader` is asked about open prompts alone, and must know right from wrong there. Raises
+    BadInputError without prompts, RunError past `max_error_share`.
     """
     if not prompts:
         raise BadInputError(
@@ -148,6 +167,7 @@ def measure_accuracy(
     start = time.monotonic()
     answers = ask_all(asking, prompts, on_answer)
     _check_errors(asking, answers, max_error_share)
+    answers = _graded(answers, prompts, grader)
     result = {
         "task": task,
         "split": split,

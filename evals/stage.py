@@ -12,7 +12,9 @@ from cluster.run_folder import RunFolder
 from cluster.session import ray_session
 from evals.accuracy import Answer, Asking, answers_table, measure_accuracy
 from pipeline.rows import Prompt
+from pipeline.store import SampleStore
 from pipeline.tasks import load_prompts
+from pipeline.verdicts.choice import choose_grader, has_verdicts
 from serving.app import Endpoint, start_serving, stop_serving
 from serving.models import (
     STUDENT,
@@ -47,7 +49,11 @@ def evaluate(run: RunFolder, config: RunConfig) -> None:
 
     Through the served endpoint; results that are there are kept. Models load one after the other
     unless serving.resident="all". Starts Ray where it does not run; leaves no engine behind.
+    A task without verdicts has nothing to measure.
     """
+    if not has_verdicts(config.task):
+        say(f"evaluation: nothing to measure, since {config.task.name} has no task.verdict")
+        return
     jobs = _jobs(run, config)
     missing = [job for job in jobs if not run.evaluation(job.name).exists()]
     if len(missing) < len(jobs):
@@ -113,13 +119,14 @@ def measure(
         def on_answer(answer: Answer) -> None:
             nonlocal right, seen
             right, seen = right + (answer.verdict == "right"), seen + 1
-            bar.advance(1, accuracy=right / seen)
+            bar.advance(1, **({"accuracy": right / seen} if answer.verdict else {}))
 
         return measure_accuracy(
             asking,
             prompts,
             task=config.task.name,
             split=split,
+            grader=choose_grader(config.task, SampleStore(storage.location(config.run.store))),
             max_error_share=config.sampling.max_error_share,
             on_answer=on_answer,
         )

@@ -11,7 +11,7 @@ from typing import TypeVar
 from rich.table import Table
 from rich.text import Text
 
-from cluster import memory
+from cluster import memory, sections
 from cluster.config import RunConfig
 from cluster.errors import BadInputError
 from cluster.run_folder import check_recipe
@@ -23,6 +23,7 @@ from pipeline.pairs import draws_from_latest
 from pipeline.rows import Prompt
 from pipeline.tasks import load_prompts, user_message, worked_examples
 from pipeline.tasks.task import SPLITS, Split
+from pipeline.verdicts.choice import check_verdict, has_verdicts
 
 _GIB = 1 << 30
 _PROBED_PROMPTS = 256
@@ -76,6 +77,9 @@ def plan_run(config: RunConfig) -> Plan:
     splits = plan.check(lambda: _load_splits(plan, config))
     if splits is None:
         return plan
+    plan.check(
+        lambda: check_verdict(config.task, [one for part in splits.values() for one in part])
+    )
     teacher = plan.check(lambda: _probe("teacher", config.teacher, config, splits))
     student = plan.check(lambda: _probe("student", config.student, config, splits))
     if teacher and student:
@@ -99,7 +103,21 @@ def _load_splits(plan: Plan, config: RunConfig) -> dict[Split, list[Prompt]]:
     splits = {split: load_prompts(config.task, split, config.run.seed) for split in SPLITS}
     sizes = ", ".join(f"{len(prompts)} {split}" for split, prompts in splits.items())
     plan.rows.append(("task", f"{config.task.name}: {sizes} prompts"))
+    plan.rows.append(("verdict", _verdict(config)))
     return splits
+
+
+def _verdict(config: RunConfig) -> str:
+    match config.task.verdict:
+        case sections.FunctionVerdict() as verdict:
+            return f"by the function {verdict.function}"
+        case sections.UnitTestsVerdict() as verdict:
+            return f"by unit tests of at most {verdict.time_limit_s:g} CPU seconds"
+        case sections.JudgeVerdict() as verdict:
+            return f"by the judge {verdict.model} at {verdict.url}"
+    if has_verdicts(config.task):
+        return "by the answers of the data"
+    return "none: each answer of the teacher is chosen, each of the student rejected"
 
 
 def _probe(
@@ -194,7 +212,8 @@ def _plan_work(
     students = int(contrasts) + refreshes
     traces = prompts * samples
     per_prompt = min(samples, config.pairs.positives_per_prompt or samples)
-    pairs = ceil(prompts * per_prompt * _ASSUMED_RIGHT)
+    share = _ASSUMED_RIGHT if has_verdicts(config.task) else 1.0
+    pairs = ceil(prompts * per_prompt * share)
     steps = training.epochs * ceil(pairs / training.global_batch)
     row_tokens = min(
         student.longest_prompt + 2 * config.sampling.max_new_tokens, 2 * training.max_length
@@ -207,7 +226,7 @@ def _plan_work(
         (
             "training",
             f"{training.method}, {training.epochs} epochs, about {pairs} pairs and {steps} steps "
-            f"in all (if {_ASSUMED_RIGHT:.0%} of the teacher's traces are right), "
+            f"in all (if {share:.0%} of the teacher's traces can be learned from), "
             f"{training.workers} worker(s) of about {worker:.1f} GiB",
         ),
         ("files", f"{training.epochs} checkpoints of {_checkpoint_gib(student):.2f} GiB"),

@@ -15,12 +15,13 @@ from cluster.sections import Model
 from cluster.session import uses_gpu
 from cluster.storage import is_published, publish_folder, staging_folder, write_table
 from pipeline.engine import release_engines
-from pipeline.grading import NEGATIVES, POSITIVE, describe_traces, grade_samples
+from pipeline.grading import NEGATIVES, POSITIVE, describe_traces, grade_samples, summary
 from pipeline.pairs import Pools, count_pairs, draw_pairs, draws_from_latest, pool
 from pipeline.rows import Pair, Prompt, Trace, from_table, to_table
 from pipeline.sampling import Writer, make_writer, plan_requests, sample
 from pipeline.store import SampleStore
 from pipeline.tasks import load_prompts, user_message
+from pipeline.verdicts.choice import choose_grader
 
 COUNTS_FILE = "counts.json"
 
@@ -113,16 +114,17 @@ class MixedPolicyResampler:
         usable = POSITIVE if name == "teacher" else NEGATIVES[self._config.pairs.negatives]
         samples = sample(writer, self._prompts, self._config, self._store, self._on_gpu)
         traces = grade_samples(
-            samples, self._prompts, epoch, usable, self._config.sampling.max_rouge_l
+            samples,
+            self._prompts,
+            epoch,
+            usable,
+            self._config.sampling.max_rouge_l,
+            choose_grader(self._config.task, self._store),
         )
         figures = describe_traces(traces)
         storage.write_table(to_table(Trace, traces), self._run.completions(name))
         self._run.record(stage="sample", model=name, epoch=epoch, **figures)
-        say(
-            f"{name}: {figures['traces']:.0f} traces, {figures['right']:.1%} right, "
-            f"{figures['wrong']:.1%} wrong, {figures['unparsed']:.1%} unparsed, "
-            f"{figures['kept']:.0f} kept, {figures['errors']:.0f} errors"
-        )
+        say(f"{name}: {summary(figures)}")
 
     def _writer(self, name: str, epoch: int) -> Writer:
         kind = self._prompts[0].kind
