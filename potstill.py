@@ -99,7 +99,7 @@ def ask(
     model: Annotated[str, typer.Option(help="A model id of the endpoint.")] = "student",
     url: Annotated[str, typer.Option(help="The endpoint.")] = "http://127.0.0.1:8000/v1",
     kind: Annotated[
-        str | None, typer.Option(help="Word it as in training: number, choice or boolean.")
+        str | None, typer.Option(help="Word it as in training: number, choice, boolean, open.")
     ] = None,
 ) -> None:
     """Ask a served model a question, and stream its answer."""
@@ -114,6 +114,9 @@ def evaluate_one(
     model: Annotated[str, typer.Option(help="A model folder, or an OpenAI-style URL.")],
     task: Annotated[str, typer.Option(help="A task, such as gsm8k.")],
     data: Annotated[str | None, typer.Option(help="Its data: an id, a file or a folder.")] = None,
+    verdict: Annotated[
+        str | None, typer.Option(help="Of an open task: task.verdict as YAML, {by: judge, ...}.")
+    ] = None,
     model_name: Annotated[str | None, typer.Option(help="The model id to ask a URL for.")] = None,
     prompts: Annotated[int | None, typer.Option(help="How many prompts; all by default.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 512,
@@ -130,6 +133,7 @@ def evaluate_one(
         model=model,
         task=task,
         data=data,
+        verdict=verdict,
         model_name=model_name,
         prompts=prompts,
         max_new_tokens=max_new_tokens,

@@ -93,6 +93,11 @@ def _context_rules(config: RunConfig) -> list[Rule]:
             f"engines.max_model_len={engines.max_model_len}: raise the context or lower the tokens",
         ),
         (
+            sampling.temperature == 0 and sampling.samples > 1,
+            f"sampling.samples={sampling.samples} greedy samples (sampling.temperature=0) would be "
+            "one and the same: set sampling.samples to 1, or sampling.temperature above 0",
+        ),
+        (
             config.evaluation_tokens >= serving.max_model_len,
             f"evaluation.max_new_tokens={config.evaluation_tokens} leaves no room for a prompt in "
             f"serving.max_model_len={serving.max_model_len}: raise the context or lower the tokens",
@@ -118,7 +123,7 @@ def _training_rules(config: RunConfig) -> list[Rule]:
         (
             config.teacher.endpoint is not None
             and ("teacher" in config.scored_by or training.kl_weight > 0),
-            "teacher.endpoint gives texts alone, but this method needs probabilities of the teacher: "
+            "teacher.endpoint gives texts alone, and this method needs its probabilities: "
             "set training.teacher_weight and training.kl_weight to 0, use another method, or run "
             "the teacher on this cluster",
         ),
@@ -183,6 +188,10 @@ def _describe(error: ValidationError) -> str:
             lines.append(f"{where} is not an option{_options_near(problem['loc'])}")
         elif problem["type"] == "missing":
             lines.append(f"{where} is missing: set it")
+        elif problem["type"] == "union_tag_not_found":
+            lines.append(
+                f"{where}.{problem['ctx']['discriminator'].strip(chr(39))} is missing: set it"
+            )
         elif problem["type"] == "value_error":
             lines.append(str(problem["ctx"]["error"]))
         else:

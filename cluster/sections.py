@@ -51,8 +51,57 @@ class Cluster(Section):
     engines, workers and served models, and means at least eight."""
 
 
+class FunctionVerdict(Section):
+    """Answers to open prompts are right or wrong by a Python function."""
+
+    by: Literal["function"]
+    function: str
+    """Where it is: "package.module:name" or "path/to/file.py:name". It takes an answer's text and a
+    dict of the prompt (question, gold, tests), and returns True, False, or None for unparsed."""
+
+
+class UnitTestsVerdict(Section):
+    """Answers to open prompts are right where the Python code in them passes their row's tests.
+
+    The code runs in a sandbox, a process of its own without network, other processes, environment
+    or files to write but in an empty folder; docs/tasks.md has what it does and does not hold.
+    """
+
+    by: Literal["unit_tests"]
+    time_limit_s: PositiveFloat = 5
+    """CPU seconds of one answer and its tests; at three times as many of the clock it ends too."""
+    memory_limit_mib: PositiveInt = 512
+    """Address space of one answer and its tests."""
+    concurrency: Execution[PositiveInt | None] = None
+    """Answers tested at once; null means one for each core."""
+
+
+class JudgeVerdict(Section):
+    """Answers to open prompts are right or wrong by what a model says, asked greedily."""
+
+    by: Literal["judge"]
+    url: Execution[str]
+    """The judge's OpenAI-style endpoint, such as http://127.0.0.1:8001/v1."""
+    model: str
+    """The model to ask for there."""
+    api_key_env: Execution[str] = "OPENAI_API_KEY"
+    """The environment variable that holds the key; an endpoint without keys needs none."""
+    template: str | None = None
+    """A Jinja text, or the path of one, with question, gold (none or a reference) and answer, that
+    asks for "Verdict: right" or "Verdict: wrong"; null takes Potstill's own."""
+    max_new_tokens: PositiveInt = 1024
+    """Tokens of the judge's reply."""
+    concurrency: Execution[PositiveInt] = 16
+    """Requests under way at once."""
+    request_timeout_s: Execution[PositiveFloat] = 600
+    """How long one request may take before the client library tries again."""
+
+
+AnyVerdict = FunctionVerdict | UnitTestsVerdict | JudgeVerdict
+
+
 class Task(Section):
-    """The problems to distil on, with known answers."""
+    """The problems to distil on, with known answers or a verdict on open ones."""
 
     name: str
     """A task of pipeline/tasks, such as word_problems or gsm8k."""
@@ -66,6 +115,8 @@ class Task(Section):
     """How many test prompts to report on; null takes all."""
     largest_operand: PositiveInt | None = None
     """The difficulty of word_problems; null means 9. Other tasks refuse it."""
+    verdict: Annotated[AnyVerdict, Field(discriminator="by")] | None = None
+    """What makes an answer to an open prompt (task chat) right; null leaves answers ungraded."""
 
 
 class FewShot(Section):
@@ -141,8 +192,8 @@ class Sampling(Section):
 
     samples: PositiveInt = 8
     """K: traces sampled for each prompt."""
-    temperature: PositiveFloat = 0.8
-    """Softmax temperature of the sampling."""
+    temperature: NonNegativeFloat = 0.8
+    """Softmax temperature of the sampling; 0 is greedy, and then samples must be 1."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling's share of probability; 1 keeps every token."""
     max_new_tokens: PositiveInt = 512

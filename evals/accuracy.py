@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -10,11 +10,12 @@ import pyarrow as pa
 
 from cluster.errors import BadInputError, RunError
 from evals.statistics import proportion_standard_error, wilson_interval
-from pipeline.answers import extract_answer, grade
+from pipeline.answers import extract_answer
 from pipeline.chat import conversation
 from pipeline.endpoint import ChatEndpoint, ChatReply, ChatRequest, chat_all
 from pipeline.rows import Prompt, Verdict
 from pipeline.tasks import user_message
+from pipeline.verdicts.exact import Grader, exact_verdict, grade_exactly
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Answer:
     prompt_id: str
     text: str
     answer: str | None  # canonical, None where the text has none
-    verdict: Verdict | None  # None on error
+    verdict: Verdict | None  # None on error, and of an open prompt until all answers are there
     finish_reason: str | None
     error: str | None
 
@@ -97,10 +98,26 @@ def graded(
         prompt_id=prompt.prompt_id,
         text=text,
         answer=extract_answer(text, prompt.kind, prompt.choices),
-        verdict=grade(text, prompt.kind, prompt.gold, prompt.choices),
+        verdict=None if prompt.kind == "open" else exact_verdict(prompt, text),
         finish_reason=finish_reason,
         error=None,
     )
+
+
+def with_verdicts(answers: list[Answer], prompts: Sequence[Prompt], grader: Grader) -> list[Answer]:
+    """The answers, those to open prompts with the verdicts of `grader`."""
+    waiting = [
+        (place, prompt)
+        for place, prompt in enumerate(prompts)
+        if answers[place].verdict is None and answers[place].error is None
+    ]
+    if not waiting:
+        return answers
+    verdicts = grader([(prompt, answers[place].text) for place, prompt in waiting])
+    graded = list(answers)
+    for (place, _), verdict in zip(waiting, verdicts, strict=True):
+        graded[place] = replace(answers[place], verdict=verdict)
+    return graded
 
 
 def measure_accuracy(
@@ -109,13 +126,15 @@ def measure_accuracy(
     *,
     task: str,
     split: str,
+    grader: Grader = grade_exactly,
     max_error_share: float = 0.01,
     on_answer: Callable[[Answer], None] = lambda _: None,
     ask: Ask = ask_all,
 ) -> tuple[dict[str, Any], list[Answer]]:
     """Ask every prompt, grade, and describe: the result's record, and the answers behind it.
 
-    Raises BadInputError without prompts, RunError past `max_error_share`.
+    `grader` is asked about open prompts alone, and must know right from wrong there. Raises
+    BadInputError without prompts, RunError past `max_error_share`.
     """
     if not prompts:
         raise BadInputError(
@@ -124,6 +143,7 @@ def measure_accuracy(
     start = time.monotonic()
     answers = ask(asking, prompts, on_answer)
     _check_errors(asking, answers, max_error_share)
+    answers = with_verdicts(answers, prompts, grader)
     facts = {"model": asking.model, "url": asking.url, "max_tokens": asking.max_tokens}
     return result_of_answers(prompts, answers, task, split, start) | facts, answers
 

@@ -9,10 +9,11 @@ from evals.accuracy import Answer, Asking, graded, measure_accuracy
 from pipeline.foreign import foreign_solver, sample_foreign
 from pipeline.rows import Prompt
 from pipeline.store import SampleStore
+from pipeline.verdicts.exact import Grader
 
 
 def measure_foreign_teacher(
-    split: str, prompts: list[Prompt], config: RunConfig
+    split: str, prompts: list[Prompt], config: RunConfig, grader: Grader
 ) -> tuple[dict[str, Any], list[Answer]]:
     """measure_accuracy of `config.teacher` at its endpoint.
 
@@ -36,6 +37,7 @@ def measure_foreign_teacher(
         prompts,
         task=config.task.name,
         split=split,
+        grader=grader,
         max_error_share=config.sampling.max_error_share,
         ask=ask,
     )

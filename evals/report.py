@@ -14,6 +14,7 @@ from evals.charts import accuracy_chart, share, training_curves
 from evals.results import Result, percent, percent_with_error, read_results
 from evals.stage import answers_file
 from pipeline.rows import Pair
+from pipeline.verdicts.choice import has_verdicts
 from serving.models import evaluation_name
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -30,6 +31,7 @@ def write_report(run: RunFolder, config: RunConfig) -> None:
         "base": next((result for result in results if result.model_id == "base"), None),
         "environment": _environment(run),
         "folder": run.root.name,
+        "graded": has_verdicts(config.task),
     }
     page = _render("report.html", facts | _details(run, config, results), escape=True)
     (run.root / "report.html").write_text(page, encoding="utf-8")

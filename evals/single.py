@@ -6,14 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from cluster import storage
 from cluster.config import RunConfig, parse_config
+from cluster.errors import BadInputError
 from cluster.progress import say
 from cluster.session import ray_session
 from evals.accuracy import Answer, answers_table
 from evals.stage import measure
 from pipeline.rows import Prompt
 from pipeline.tasks import load_prompts
+from pipeline.verdicts.choice import check_verdict, has_verdicts
 from serving.app import start_serving, stop_serving
 from serving.models import BASE, STUDENT, model_of_section
 
@@ -25,6 +29,7 @@ class SingleEvaluation:
     model: str  # a folder, a name or id that `potstill models` knows, or an OpenAI-style URL
     task: str
     data: str | None = None  # in place of the task's own data
+    verdict: str | None = None  # the section task.verdict of an open task, as YAML
     model_name: str | None = None  # the id to ask for at a URL; "student" by default
     prompts: int | None = None  # all, or the first so many
     max_new_tokens: int = 512
@@ -44,6 +49,7 @@ def evaluate_model(wanted: SingleEvaluation) -> dict[str, Any]:
     config = _config(wanted)
     split: Literal["test", "all"] = "test" if wanted.data is None else "all"
     prompts = load_prompts(config.task, split, config.run.seed)
+    _check_verdict(config, prompts)
     if wanted.model.startswith(("http://", "https://")):
         name = wanted.model_name or STUDENT
         result, answers = measure(_with_v1(wanted.model), name, split, prompts, config)
@@ -68,6 +74,15 @@ def _measure_folder(
             stop_serving(config)
 
 
+def _check_verdict(config: RunConfig, prompts: list[Prompt]) -> None:
+    if not has_verdicts(config.task):
+        raise BadInputError(
+            f"task {config.task.name} has no verdicts, so nothing can be right or wrong: give one, "
+            "such as --verdict '{by: function, function: \"mine.py:is_right\"}'"
+        )
+    check_verdict(config.task, prompts)
+
+
 def _with_v1(url: str) -> str:
     url = url.rstrip("/")
     return url if url.endswith("/v1") else f"{url}/v1"
@@ -82,8 +97,16 @@ def _config(wanted: SingleEvaluation) -> RunConfig:
     context = max(2048, 2 * wanted.max_new_tokens)
     raw = {
         # Named, never written; the name is that of the endpoint, which no other one may share.
-        "run": {"folder": f"{tempfile.gettempdir()}/potstill-eval-{uuid.uuid4().hex}"},
-        "task": {"name": wanted.task, "data": wanted.data, "test_prompts": wanted.prompts},
+        "run": {
+            "folder": f"{tempfile.gettempdir()}/potstill-eval-{uuid.uuid4().hex}",
+            "store": str(storage.cache_folder() / "judged"),  # what a judge says, and nothing else
+        },
+        "task": {
+            "name": wanted.task,
+            "data": wanted.data,
+            "test_prompts": wanted.prompts,
+            "verdict": _parse_verdict(wanted.verdict),
+        },
         "teacher": section,
         "student": section,
         "engines": {"max_model_len": context},
@@ -94,3 +117,10 @@ def _config(wanted: SingleEvaluation) -> RunConfig:
         },
     }
     return parse_config(raw, source="potstill eval")
+
+
+def _parse_verdict(text: str | None) -> Any:
+    try:
+        return None if text is None else yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BadInputError(f"--verdict {text!r} is no YAML: {error}") from None

@@ -17,11 +17,15 @@ from evals.accuracy import (
     answers_table,
     measure_accuracy,
     result_of_answers,
+    with_verdicts,
 )
 from evals.foreign import measure_foreign_teacher
 from evals.through_engines import answers_of
 from pipeline.rows import Prompt
+from pipeline.store import SampleStore
 from pipeline.tasks import load_prompts
+from pipeline.verdicts.choice import choose_grader, has_verdicts
+from pipeline.verdicts.exact import Grader
 from serving.app import Endpoint, start_serving, stop_serving
 from serving.models import (
     BASE,
@@ -57,8 +61,11 @@ def evaluate(run: RunFolder, config: RunConfig) -> None:
     """Evaluate base, teacher and every epoch's student on test, students on validation too.
 
     Results that are there are kept. A teacher behind an endpoint answers there, last. Starts Ray
-    where it does not run.
+    where it does not run. A task without verdicts has nothing to measure.
     """
+    if not has_verdicts(config.task):
+        say(f"evaluation: nothing to measure, since {config.task.name} has no task.verdict")
+        return
     jobs = _jobs(run, config)
     missing = [job for job in jobs if not run.evaluation(job.name).exists()]
     if not config.evaluation.teacher:
@@ -119,6 +126,7 @@ def _sample_job(job: _Job, run: RunFolder, config: RunConfig) -> None:
     prompts, start = _prompts(config, job.split), time.monotonic()
     say(f"evaluating {job.model_id} on {len(prompts)} {job.split} prompts")
     answers = answers_of(job.model_id, job.epoch, prompts, run, config)
+    answers = with_verdicts(answers, prompts, _grader(config))
     result = result_of_answers(prompts, answers, config.task.name, job.split, start)
     facts = {"model": job.model_id, "max_tokens": config.evaluation_tokens}
     _keep(job, run, result | facts, answers)
@@ -127,7 +135,7 @@ def _sample_job(job: _Job, run: RunFolder, config: RunConfig) -> None:
 def _ask_job(job: _Job, run: RunFolder, config: RunConfig) -> None:
     prompts = _prompts(config, job.split)
     say(f"evaluating {config.teacher.title} on {len(prompts)} {job.split} prompts")
-    _keep(job, run, *measure_foreign_teacher(job.split, prompts, config))
+    _keep(job, run, *measure_foreign_teacher(job.split, prompts, config, _grader(config)))
 
 
 def _keep(job: _Job, run: RunFolder, result: dict[str, Any], answers: list[Answer]) -> None:
@@ -135,6 +143,10 @@ def _keep(job: _Job, run: RunFolder, result: dict[str, Any], answers: list[Answe
     storage.write_table(answers_table(answers), answers_file(target))
     storage.write_json(target, result)  # last: a result that is there is whole
     say(summary(result))
+
+
+def _grader(config: RunConfig) -> Grader:
+    return choose_grader(config.task, SampleStore(storage.location(config.run.store)))
 
 
 def measure(
@@ -154,13 +166,14 @@ def measure(
         def on_answer(answer: Answer) -> None:
             nonlocal right, seen
             right, seen = right + (answer.verdict == "right"), seen + 1
-            bar.advance(1, accuracy=right / seen)
+            bar.advance(1, **({"accuracy": right / seen} if answer.verdict else {}))
 
         return measure_accuracy(
             asking,
             prompts,
             task=config.task.name,
             split=split,
+            grader=_grader(config),
             max_error_share=config.sampling.max_error_share,
             on_answer=on_answer,
         )

@@ -11,10 +11,13 @@ def results_table(run: RunFolder, config: RunConfig | None = None) -> Table:
     """Accuracy with its standard error, unparsed share and accuracy given a parsed answer."""
     config = config or run.load_config()
     results = read_results(run, config)
-    n = results[0].test["n"] if results else 0
+    title = f"{config.task.name}: nothing is evaluated"
+    if results:
+        n = results[0].test["n"]
+        title = f"{config.task.name}, test, n = {n}, greedy, in percent ± standard error"
     # Without lines and within 80 columns, since it also ends up in logs.
     table = Table(
-        title=f"{config.task.name}, test, n = {n}, greedy, in percent ± standard error",
+        title=title,
         title_justify="left",
         caption="* served as student" if any(result.best for result in results) else None,
         caption_justify="left",

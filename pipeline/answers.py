@@ -45,7 +45,10 @@ def grade(text: str, kind: Kind, gold: str, choices: Mapping[str, str] | None = 
 def canonical_answer(
     content: str, kind: Kind, choices: Mapping[str, str] | None = None
 ) -> str | None:
-    """A box's content, or a gold answer, in the one form of its kind; None if it is not of it."""
+    """A box's content, or a gold answer, in the one form of its kind; None if it is not of it.
+
+    Open answers have no such form, so theirs is None.
+    """
     match kind:
         case "number":
             number = parse_number(content)
@@ -54,6 +57,8 @@ def canonical_answer(
             return _read_choice(content, choices or _USUAL_LABELS)
         case "boolean":
             return _read_boolean(content)
+        case "open":
+            return None
     raise ValueError(f'kind is {kind!r}, expected "number", "choice" or "boolean"')
 
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 from rich.table import Table
 from rich.text import Text
 
-from cluster import memory
+from cluster import memory, sections
 from cluster.config import RunConfig
 from cluster.errors import BadInputError
 from cluster.run_folder import check_recipe
@@ -26,6 +26,7 @@ from pipeline.pairs import draws_from_latest
 from pipeline.rows import Prompt
 from pipeline.tasks import load_prompts, user_message, worked_examples
 from pipeline.tasks.task import SPLITS, Split
+from pipeline.verdicts.choice import check_verdict, has_verdicts
 
 _GIB = 1 << 30
 _PROBED_PROMPTS = 256
@@ -79,6 +80,9 @@ def plan_run(config: RunConfig) -> Plan:
     splits = plan.check(lambda: _load_splits(plan, config))
     if splits is None:
         return plan
+    plan.check(
+        lambda: check_verdict(config.task, [one for part in splits.values() for one in part])
+    )
     probes = _probe_models(plan, config, splits)
     if student := probes.get("student"):
         plan.check(lambda: _check_training_length(config, student))
@@ -138,7 +142,21 @@ def _load_splits(plan: Plan, config: RunConfig) -> dict[Split, list[Prompt]]:
     splits = {split: load_prompts(config.task, split, config.run.seed) for split in SPLITS}
     sizes = ", ".join(f"{len(prompts)} {split}" for split, prompts in splits.items())
     plan.rows.append(("task", f"{config.task.name}: {sizes} prompts"))
+    plan.rows.append(("verdict", _verdict(config)))
     return splits
+
+
+def _verdict(config: RunConfig) -> str:
+    match config.task.verdict:
+        case sections.FunctionVerdict() as verdict:
+            return f"by the function {verdict.function}"
+        case sections.UnitTestsVerdict() as verdict:
+            return f"by unit tests of at most {verdict.time_limit_s:g} CPU seconds"
+        case sections.JudgeVerdict() as verdict:
+            return f"by the judge {verdict.model} at {verdict.url}"
+    if has_verdicts(config.task):
+        return "by the answers of the data"
+    return "none: each answer of the teacher is chosen, each of the student rejected"
 
 
 def _probe(
@@ -239,7 +257,8 @@ def _plan_work(plan: Plan, config: RunConfig, prompts: int, probes: dict[str, _P
     traces = prompts * samples
     pooled = sum(min(samples, each.traces_per_prompt or samples) for each in teachers)
     per_prompt = min(pooled, config.pairs.positives_per_prompt or pooled)
-    pairs = ceil(prompts * per_prompt * _ASSUMED_RIGHT)
+    share = _ASSUMED_RIGHT if has_verdicts(config.task) else 1.0
+    pairs = ceil(prompts * per_prompt * share)
     per_epoch = training.steps_per_epoch or ceil(pairs / training.global_batch)
     steps = training.epochs * per_epoch
     row_tokens = min(
@@ -256,7 +275,7 @@ def _plan_work(plan: Plan, config: RunConfig, prompts: int, probes: dict[str, _P
         (
             "training",
             f"{training.method}, {training.epochs} epochs, about {pairs} pairs and {steps} steps "
-            f"in all (if {_ASSUMED_RIGHT:.0%} of the teacher's traces are right), "
+            f"in all (if {share:.0%} of the teacher's traces can be learned from), "
             f"{training.workers} worker(s) of about {worker:.1f} GiB",
         ),
         ("files", f"{training.epochs} checkpoints of {_checkpoint_gib(student):.2f} GiB"),

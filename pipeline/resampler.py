@@ -18,7 +18,14 @@ from cluster.session import uses_gpu
 from cluster.storage import is_published, publish_folder, staging_folder, write_table
 from pipeline.anchors import asked_of, fit_pairs
 from pipeline.foreign import ForeignWriter, endpoint_keys, foreign_writer
-from pipeline.grading import NEGATIVES, POSITIVE, describe_traces, grade_samples, keep_anew
+from pipeline.grading import (
+    NEGATIVES,
+    POSITIVE,
+    describe_traces,
+    grade_samples,
+    keep_anew,
+    summary,
+)
 from pipeline.pairs import Pools, count_pairs, draw_pairs, draws_from_latest, pool
 from pipeline.pool import release_engines
 from pipeline.rows import Anchor, Pair, Prompt, Trace, from_table, to_table
@@ -27,6 +34,7 @@ from pipeline.scoring import score
 from pipeline.store import SampleStore, ScoreStore
 from pipeline.tasks import load_prompts, user_message
 from pipeline.teachers import pool_teachers
+from pipeline.verdicts.choice import choose_grader
 
 COUNTS_FILE = "counts.json"
 _REFERENCE = "reference"  # the student as this stage of the recipe found it
@@ -178,16 +186,17 @@ class MixedPolicyResampler:
         usable = POSITIVE if teaches else NEGATIVES[self._config.pairs.negatives]
         samples = sample(writer, self._prompts, self._config, self._store, self._on_gpu)
         traces = grade_samples(
-            samples, self._prompts, epoch, usable, self._config.sampling.max_rouge_l
+            samples,
+            self._prompts,
+            epoch,
+            usable,
+            self._config.sampling.max_rouge_l,
+            choose_grader(self._config.task, self._store),
         )
         figures = describe_traces(traces)
         storage.write_table(to_table(Trace, traces), self._run.completions(name))
         self._run.record(stage="sample", model=name, epoch=epoch, **figures)
-        say(
-            f"{name}: {figures['traces']:.0f} traces, {figures['right']:.1%} right, "
-            f"{figures['wrong']:.1%} wrong, {figures['unparsed']:.1%} unparsed, "
-            f"{figures['kept']:.0f} kept, {figures['errors']:.0f} errors"
-        )
+        say(f"{name}: {summary(figures)}")
 
     def _writer(self, name: str, epoch: int) -> Writer | ForeignWriter:
         teacher = self._config.teachers.get(name)

@@ -8,19 +8,21 @@ import pyarrow as pa
 
 from cluster.errors import BadInputError
 
-Kind = Literal["number", "choice", "boolean"]
-Verdict = Literal["right", "wrong", "unparsed"]
+Kind = Literal["number", "choice", "boolean", "open"]
+# Of an open prompt whose task has no verdict, every answer is "ungraded".
+Verdict = Literal["right", "wrong", "unparsed", "ungraded"]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A problem with its known answer. Made by pipeline/tasks, read by every later stage."""
+    """A problem, with its known answer if it has one. Made by pipeline/tasks, read ever after."""
 
     prompt_id: str
     question: str
     kind: Kind
-    gold: str  # canonical: "18", "3/4", "B", "yes"
+    gold: str | None  # canonical: "18", "3/4", "B", "yes"; of an open prompt a reference, or None
     choices: dict[str, str] | None = None  # label -> text, in the item's own order
+    tests: str | None = None  # Python code that a right answer to an open prompt passes
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,8 @@ def parse_kind(text: str | None) -> Kind | None:
         "number": "number",
         "choice": "choice",
         "boolean": "boolean",
+        "open": "open",
     }
     if text not in kinds:
-        raise BadInputError(f"kind={text!r}: expected number, choice or boolean")
+        raise BadInputError(f"kind={text!r}: expected number, choice, boolean or open")
     return kinds[text]

@@ -66,8 +66,9 @@ def example_question(config: RunConfig, model: str = "student", url: str | None 
     from pipeline.tasks import load_prompts, user_message
 
     example = load_prompts(config.task, "test", config.run.seed)[0]
-    words = user_message(example) if example.choices else example.question
-    kind = "" if example.choices else f" --kind {example.kind}"
+    whole = example.choices or example.kind == "open"  # the words of the question and no others
+    words = user_message(example) if whole else example.question
+    kind = "" if whole else f" --kind {example.kind}"
     url = url or f"http://{config.serving.host}:{config.serving.port}/v1"
     return f"{program()} ask {shlex.quote(words)}{kind} --model {model} --url {url}"
 

@@ -108,6 +108,25 @@ def test_right_wrong_unparsed_and_cut(endpoint):
     assert answers_table(answers).schema == ANSWER_SCHEMA
 
 
+def test_open_answers_get_their_verdicts_once_all_are_there(endpoint):
+    def grader(answered):
+        assert [prompt.prompt_id for prompt, _ in answered] == ["p0", "p2", "p3"]
+        return ["right" if text == "echo 2" else "unparsed" for _, text in answered]
+
+    def reply(request):
+        number = number_of(request)
+        return (400, "too long") if number == 1 else (200, f"echo {number}")
+
+    prompts = [Prompt(f"p{n}", f"{n} times", "open", None) for n in range(4)]
+    seen = []
+    result, answers = measure(
+        endpoint(reply), prompts, grader=grader, max_error_share=0.5, on_answer=seen.append
+    )
+    assert [answer.verdict for answer in answers] == ["unparsed", None, "right", "unparsed"]
+    assert (result["n"], result["right"], result["errors"]) == (3, 1, 1)
+    assert {answer.verdict for answer in seen} == {None}
+
+
 def test_asks_greedily_with_the_tasks_message(endpoint):
     server = endpoint(lambda _: (200, "\\boxed{1}"))
     measure(server, PROMPTS[:1])

@@ -98,6 +98,13 @@ def test_overrides_are_read_as_yaml(config_file):
         ("evaluation.max_new_tokens=4096", "leaves no room for a prompt in serving"),
         ("training.offload=parameters", "needs zero_stage 3"),
         ("training.offload=optimizer", "needs zero_stage 1 to 3"),
+        ("sampling.temperature=0", "8 greedy samples .*set sampling.samples to 1"),
+        ("sampling.temperature=-1", "greater than or equal to 0"),
+        ("task.verdict={by: oracle}", "'oracle' .*'function', 'unit_tests', 'judge'"),
+        ("task.verdict={}", "task.verdict.by is missing: set it"),
+        ("task.verdict={by: judge, model: m}", "task.verdict.judge.url is missing"),
+        ("task.verdict={by: unit_tests, time: 3}", "unit_tests.time is not an option"),
+        ("task.verdict={by: unit_tests, time_limit_s: 0}", "greater than 0"),
         ("task.largest_operand=5", "is for the problems that word_problems makes"),
     ],
 )
@@ -154,6 +161,19 @@ def test_recipe_fields_are_told_from_execution_fields(config_file):
     )
     assert not {"run.folder", "run.store", "training.workers", "training.micro_batch"} & set(recipe)
     assert not any(name.startswith(("cluster.", "engines.", "serving.")) for name in recipe)
+
+
+def test_one_greedy_sample_a_prompt_is_allowed(config_file):
+    config = load_config(config_file, ["sampling.temperature=0", "sampling.samples=1"])
+    assert config.sampling.temperature == 0
+
+
+def test_what_makes_an_answer_right_is_part_of_the_recipe(config_file):
+    assert recipe_of(load_config(config_file))["task.verdict"] is None
+    verdict = "{by: judge, url: http://x/v1, model: m, concurrency: 2}"
+    recipe = recipe_of(load_config(config_file, [f"task.verdict={verdict}"]))
+    assert (recipe["task.verdict.by"], recipe["task.verdict.model"]) == ("judge", "m")
+    assert not {"task.verdict.url", "task.verdict.concurrency"} & set(recipe)
 
 
 def test_lora_is_part_of_the_recipe(config_file):

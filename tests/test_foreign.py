@@ -25,6 +25,7 @@ from pipeline.foreign import (
 from pipeline.sampling import planned_keys, sample
 from pipeline.store import SampleStore
 from pipeline.tasks import load_prompts, user_message
+from pipeline.verdicts.exact import grade_exactly
 from serving.models import evaluation_name, served_models
 
 PROJECT = Path(__file__).parents[1]
@@ -262,14 +263,14 @@ def test_the_teacher_is_evaluated_at_its_endpoint_greedily_and_once(chat_server,
     config = config_for(server, {**PRICES, "spending_limit": 1e6})
     prompts = prompts_of(config, "test")
     golds.update({user_message(prompt): prompt.gold for prompt in prompts})
-    result, answers = measure_foreign_teacher("test", prompts, config)
+    result, answers = measure_foreign_teacher("test", prompts, config, grade_exactly)
     assert (result["n"], result["accuracy"]) == (3, 1.0)
     assert (result["model"], result["url"]) == ("big", server.url)
     assert [answer.prompt_id for answer in answers] == [prompt.prompt_id for prompt in prompts]
     assert {(body["temperature"], len(body["messages"])) for body in server.bodies} == {(0.0, 3)}
     assert spent(config) == 75, "it counts for the same limit as the traces"
 
-    measure_foreign_teacher("test", prompts, config)
+    measure_foreign_teacher("test", prompts, config, grade_exactly)
     assert len(server.bodies) == 3
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 
 import pytest
@@ -72,6 +73,47 @@ def test_traces_pairs_and_steps_are_counted(plan_of):
 )
 def test_later_students_are_sampled_only_where_pairs_draw_from_them(plan_of, sections, students):
     assert rows(plan_of(**sections))["sampling"].endswith(f"{students} x 40 of students")
+
+
+@pytest.fixture
+def chats(tmp_path):
+    """A file of prompts, and a folder of the user's own functions."""
+    rows = [{"prompt": f"Write {n} words."} for n in range(40)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "mine.py").write_text("def is_right(answer, prompt):\n    return True\n")
+    return {"name": "chat", "data": str(tmp_path / "chats.jsonl"), "train_prompts": 20}
+
+
+def test_an_open_task_needs_no_verdict(plan_of, chats):
+    plan = plan_of(task=chats, sampling={"samples": 1, "temperature": 0})
+    assert not plan.refusals
+    assert rows(plan)["verdict"].startswith("none: each answer of the teacher is chosen")
+    assert "about 20 pairs" in rows(plan)["training"]
+    student = dict(plan.rendered)["student reads"]
+    assert "Write" in student
+    assert "boxed" not in student
+
+
+def test_an_open_task_may_have_one(plan_of, chats, tmp_path):
+    verdict = {"by": "function", "function": f"{tmp_path / 'mine.py'}:is_right"}
+    plan = plan_of(task=chats | {"verdict": verdict})
+    assert not plan.refusals
+    assert rows(plan)["verdict"] == f"by the function {tmp_path / 'mine.py'}:is_right"
+    assert "about 40 pairs" in rows(plan)["training"]
+
+
+@pytest.mark.parametrize(
+    ("verdict", "message"),
+    [
+        ({"by": "function", "function": "mine.py"}, "names no function"),
+        ({"by": "unit_tests"}, "needs a column tests .* 24 of 24 prompts have none"),
+        ({"by": "judge", "url": "http://127.0.0.1:9/v1", "model": "sage"}, "does not answer"),
+    ],
+)
+def test_a_verdict_that_cannot_be_given_is_refused(plan_of, chats, verdict, message):
+    counts = {"validation_prompts": 2, "test_prompts": 2}
+    (refusal,) = plan_of(task=chats | counts | {"verdict": verdict}).refusals
+    assert re.search(message, refusal)
 
 
 def test_the_prompts_are_shown_as_each_model_reads_them(plan_of):

@@ -11,6 +11,7 @@ from cluster.config import parse_config
 from cluster.run_folder import RunFolder
 from evals.accuracy import Answer, answers_table, describe
 from evals.report import write_report
+from evals.stage import evaluate
 from evals.table import results_table
 from pipeline.rows import Pair, to_table
 from serving.models import best_epoch, evaluation_name
@@ -139,6 +140,22 @@ def test_report_of_a_run_that_has_just_begun(config):
     run.root.mkdir(parents=True)
     write_report(run, config)
     assert "Nothing is evaluated yet" in (run.root / "report.html").read_text()
+
+
+def test_a_task_without_verdicts_has_a_report_and_a_table(run, config):
+    for file in (run.root / "evals").iterdir():
+        file.unlink()
+    chat = config.model_copy(update={"task": config.task.model_copy(update={"name": "chat"})})
+    evaluate(run, chat)
+    write_report(run, chat)
+    assert "answers of this task have no verdict" in (run.root / "report.html").read_text()
+    card = (run.root / "README.md").read_text()
+    assert "right traces" not in card
+    assert "nobody graded" in card
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(results_table(run, chat))
+    assert "chat: nothing is evaluated" in console.export_text()
+    assert not list((run.root / "evals").iterdir())
 
 
 def test_a_step_taken_twice_is_drawn_once(run, config):

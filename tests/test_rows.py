@@ -5,7 +5,8 @@ from dataclasses import fields
 import pyarrow as pa
 import pytest
 
-from pipeline.rows import SCHEMAS, Sample, from_table, to_table
+from cluster.errors import BadInputError
+from pipeline.rows import SCHEMAS, Sample, from_table, parse_kind, to_table
 
 
 @pytest.mark.parametrize("row_type", SCHEMAS)
@@ -27,3 +28,9 @@ def test_rows_survive_a_table():
 def test_other_columns_are_refused_at_the_door():
     with pytest.raises(ValueError, match="expected the columns of Sample"):
         from_table(Sample, pa.table({"key": ["k"]}))
+
+
+def test_a_kind_by_its_name():
+    assert [parse_kind(name) for name in ("number", "open", None)] == ["number", "open", None]
+    with pytest.raises(BadInputError, match="kind='essay': expected number, choice, boolean or op"):
+        parse_kind("essay")

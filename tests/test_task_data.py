@@ -174,6 +174,26 @@ def test_rows_without_ids_that_are_the_same_count_once(tmp_path):
     assert len(load(file, "all")) == 5
 
 
+def dialogue(first: str, start: str = "human") -> dict:
+    turns = [{"from": start, "value": first}, {"from": "gpt", "value": "Well."}]
+    return {"id": f"{first}_0", "conversations": turns}
+
+
+def test_dialogues_are_taken_once_and_those_of_no_human_counted(tmp_path, capsys):
+    rows = [dialogue("Hi."), dialogue("Bye."), dialogue("Hi."), dialogue("On.", "gpt")]
+    rows[2]["id"] = "another"
+    file = write(tmp_path / "a.jsonl", rows)
+    assert {prompt.question for prompt in load(file, "all", "chat")} == {"Hi.", "Bye."}
+    line = "left out 1 dialogues that do not start with words of a human"
+    assert capsys.readouterr().out.count(line) == 1
+
+
+def test_a_file_of_dialogues_that_no_human_starts_is_empty(tmp_path):
+    file = write(tmp_path / "a.jsonl", [dialogue("On.", "gpt")])
+    with pytest.raises(BadInputError, match="expected rows with prompt or question or conversa"):
+        load(file, "all", "chat")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

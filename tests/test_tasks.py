@@ -12,6 +12,7 @@ FOUR = {"text": ["a star", " a moon", "a rock", "dust "], "label": ["A", "B", "C
 READ = {"A": "a star", "B": "a moon", "C": "a rock", "D": "dust"}
 
 ROWS = {
+    "chat": ({"prompt": " Write a poem. "}, ("Write a poem.", None, None)),
     "gsm8k": (
         {"question": " How much? ", "answer": "1,000 + 80 = <<1000+80=1080>>1,080\n#### 1,080"},
         ("How much?", "1080", None),
@@ -101,6 +102,11 @@ def test_an_option_that_another_row_has_is_not_read():
         ("arc_challenge", {"choices": {"text": ["x", "y"], "label": ["A", "A"]}}, "no label twice"),
         ("strategyqa", {"answer": "perhaps"}, "expected yes or no"),
         ("medqa", {"options": None}, "no options"),
+        ("chat", {"prompt": None}, "no prompt or question or conversations .the row has prompt"),
+        ("chat", {"prompt": " "}, "question is empty"),
+        ("chat", {"prompt": ["Hello"]}, r"prompt is .\['Hello'\].*expected a text"),
+        ("chat", {"prompt": None, "conversations": "Hello"}, "'Hello', which is no JSON"),
+        ("chat", {"prompt": None, "conversations": ["Hello"]}, "expected turns such as"),
     ],
 )
 def test_a_row_that_cannot_be_used(name, change, message):
@@ -126,6 +132,43 @@ def test_the_instruction_of_each_kind():
     numbered = instruct("Q?", "choice", {"1": "x", "2": "y"})
     assert "\n1. x\n2. y\n\n" in numbered
     assert numbered.endswith(f"give the number of the right option {end}")
+
+
+def test_an_open_question_stands_alone():
+    prompt = TASKS["chat"].prompt({"question": "Write a poem."})
+    assert (prompt.kind, user_message(prompt)) == ("open", "Write a poem.")
+
+
+@pytest.mark.parametrize("write", [lambda turns: turns, json.dumps, str])
+def test_the_first_turn_of_a_human_is_the_prompt(write):
+    turns = [{"from": "human", "value": " Hi. "}, {"from": "gpt", "value": "Hello!"}]
+    prompt = TASKS["chat"].prompt({"id": "QWJhYvA_0", "conversations": write(turns)})
+    assert prompt.question == "Hi."
+    other = TASKS["chat"].prompt({"id": "other", "conversations": write(turns)})
+    assert other.prompt_id == prompt.prompt_id  # the id names the dialogue and not the prompt
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [],
+        [{"from": "gpt", "value": "Hello!"}, {"from": "human", "value": "Hi."}],
+        [{"from": "system", "value": "Be kind."}],
+        [{"from": "human", "value": ""}],
+        [{"from": "human", "value": None}],
+        [{"value": "Hi."}],
+    ],
+)
+def test_a_dialogue_that_no_human_starts_is_skipped(turns):
+    assert TASKS["chat"].prompt({"conversations": turns}) is None
+
+
+def test_an_open_row_may_carry_a_reference_and_tests():
+    row = {"prompt": "Double it.", "gold": {"a": "ü"}, "tests": "assert f(1) == 2"}
+    prompt = TASKS["chat"].prompt(row)
+    assert (prompt.gold, prompt.tests) == ('{"a": "ü"}', "assert f(1) == 2")
+    bare = TASKS["chat"].prompt(row | {"gold": " ", "tests": None})
+    assert (bare.gold, bare.tests) == (None, None)
 
 
 def test_the_message_says_nothing_of_the_gold():

@@ -27,7 +27,9 @@ def load_prompts(section: sections.Task, split: Split | Literal["all"], seed: in
     if task.generate is not None and section.data is None:
         made = [task.generate(section, part, seed) for part in splits]
         return take(chain.from_iterable(made), count, what)
-    found = _load_parts(task, section.data)
+    found, skipped = _load_parts(task, section.data)
+    if rows := sum(skipped.get(part, 0) for part in splits):
+        say(f"{what}: left out {rows} {task.skips}")
     parts, lost = without_repeats(fill_parts(found))
     if repeats := sum(lost[part] for part in splits):
         say(f"{what}: left out {repeats} prompts that repeat another part's")
@@ -58,13 +60,15 @@ def _task(name: str) -> Task:
     return TASKS[name]
 
 
-def _load_parts(task: Task, data: str | None) -> dict[Split, list[Prompt]]:
+def _load_parts(task: Task, data: str | None) -> tuple[dict[Split, list[Prompt]], dict[Split, int]]:
+    """The prompts of each part that the data has, and how many of its rows the task skips."""
     source = data or task.hub_id
     assert source is not None  # a task without a home on the hub makes its own prompts
     parts: dict[Split, list[Prompt]] = {}
+    skipped: dict[Split, int] = {}
     for split, rows in _raw_parts(task, source).items():
-        parts[split] = _read_prompts(task, rows, f"{source} ({split})")
-    return parts
+        parts[split], skipped[split] = _read_prompts(task, rows, f"{source} ({split})")
+    return parts, skipped
 
 
 def _raw_parts(task: Task, source: str) -> dict[Split, Located]:
@@ -74,15 +78,19 @@ def _raw_parts(task: Task, source: str) -> dict[Split, Located]:
     return {split: chain.from_iterable(map(read_file, files[split])) for split in files}
 
 
-def _read_prompts(task: Task, rows: Located, what: str) -> list[Prompt]:
-    """The prompts of raw rows; of rows without an id that are the same, the first."""
+def _read_prompts(task: Task, rows: Located, what: str) -> tuple[list[Prompt], int]:
+    """The prompts of raw rows, of rows without an id that are the same the first; the skipped."""
     prompts: dict[str, Prompt] = {}
     places: dict[str, str] = {}
+    skipped = 0
     for where, row in rows:
         try:
             prompt = task.prompt(row)
         except BadInputError as error:
             raise BadInputError(f"{where}: {error}") from None
+        if prompt is None:
+            skipped += 1
+            continue
         known = prompts.setdefault(prompt.prompt_id, prompt)
         place = places.setdefault(prompt.prompt_id, where)
         if place != where and known.prompt_id != digest_problem(prompt.question, prompt.choices):
@@ -91,5 +99,5 @@ def _read_prompts(task: Task, rows: Located, what: str) -> list[Prompt]:
                 "leave the column out"
             )
     if not prompts:
-        raise BadInputError(f"{what} is empty: expected rows with {', '.join(task.columns)}")
-    return list(prompts.values())
+        raise BadInputError(f"{what} is empty: expected rows with {task.expects}")
+    return list(prompts.values()), skipped

@@ -21,7 +21,12 @@ def worked_examples(section: Model, kind: Kind) -> tuple[tuple[str, str], ...]:
 
 
 def instruct(question: str, kind: Kind, choices: Mapping[str, str] | None = None) -> str:
-    """The question, its options one a line, a blank line, and the instruction of its kind."""
+    """The question, its options one a line, a blank line, and the instruction of its kind.
+
+    An open question stands alone: nothing is to be boxed.
+    """
+    if kind == "open":
+        return question
     options = [f"{label}. {text}" for label, text in (choices or {}).items()]
     wanted = _wanted(kind, choices)
     instruction = f"Reason step by step, then give {wanted} in \\boxed{{}}."

@@ -23,8 +23,10 @@ class Problem(NamedTuple):
     """What a task reads from a row: the gold answer is still as the data set writes it."""
 
     question: str
-    gold: str
+    gold: str | None = None  # only an open problem may do without
     choices: dict[str, str] | None = None
+    tests: str | None = None
+    problem_id: str | None = None  # in place of the row's own id
 
 
 @dataclass(frozen=True)
@@ -33,42 +35,61 @@ class Task:
 
     name: str
     kind: Kind
-    columns: tuple[str, ...]  # that a row must have; others are ignored
-    read: Callable[[Row], Problem]
+    read: Callable[[Row], Problem | None]  # None: a row to skip
+    columns: tuple[str, ...] = ()  # that a row must have; others are ignored
+    one_of: tuple[str, ...] = ()  # columns of which it must have one
+    skips: str = ""  # what the skipped rows are, for the user
     hub_id: str | None = None
     hub_config: str | None = None
     hub_sizes: tuple[int, int] | None = None  # train and test prompts there, for plans offline
     # (section, split, seed) -> all its prompts in a seeded order; for a task that makes its own
     generate: Callable[[sections.Task, Split, int], Iterator[Prompt]] | None = None
 
-    def prompt(self, raw: Row) -> Prompt:
-        """The Prompt of a raw row.
+    @property
+    def expects(self) -> str:
+        """The columns of a row, in words."""
+        return ", ".join(filter(None, (*self.columns, " or ".join(self.one_of))))
+
+    def prompt(self, raw: Row) -> Prompt | None:
+        """The Prompt of a raw row; None of one that the task skips.
 
         Raises BadInputError where columns are missing, empty, or without a usable gold answer.
         """
         row = {str(name).strip(): value for name, value in raw.items()}
+        self._check_columns(row)
+        problem = self.read(row)
+        if problem is None:
+            return None
+        if not problem.question:
+            raise BadInputError("the question is empty: leave the row out")
+        own_id = problem.problem_id or _given_id(row)
+        return Prompt(
+            prompt_id=own_id or digest_problem(problem.question, problem.choices),
+            question=problem.question,
+            kind=self.kind,
+            gold=problem.gold if self.kind == "open" else self._gold(problem),
+            choices=problem.choices,
+            tests=problem.tests,
+        )
+
+    def _check_columns(self, row: Row) -> None:
         missing = [column for column in self.columns if row.get(column) is None]
+        if self.one_of and all(row.get(column) is None for column in self.one_of):
+            missing.append(" or ".join(self.one_of))
         if missing:
             raise BadInputError(
                 f"no {', '.join(missing)} (the row has {', '.join(row)}); {self.name} expects "
-                f"{', '.join(self.columns)}: rename the columns, or leave out rows without them"
+                f"{self.expects}: rename the columns, or leave out rows without them"
             )
-        problem = self.read(row)
-        if not problem.question:
-            raise BadInputError("the question is empty: leave the row out")
-        gold = canonical_answer(problem.gold, self.kind, problem.choices)
+
+    def _gold(self, problem: Problem) -> str:
+        gold = canonical_answer(problem.gold or "", self.kind, problem.choices)
         if gold is None:
             raise BadInputError(
                 f"the gold answer is {problem.gold!r}, expected {self._expected(problem)}: "
                 "correct it, or leave out rows without a gold answer"
             )
-        return Prompt(
-            prompt_id=_given_id(row) or digest_problem(problem.question, problem.choices),
-            question=problem.question,
-            kind=self.kind,
-            gold=gold,
-            choices=problem.choices,
-        )
+        return gold
 
     def _expected(self, problem: Problem) -> str:
         if self.kind == "choice":
@@ -90,7 +111,7 @@ def nested(row: Row, column: str) -> dict[str, Any]:
     """A column that holds an object: as such, or written in a CSV's cell (as JSON or Python)."""
     value = row[column]
     if isinstance(value, str):
-        value = _parse(value, column)
+        value = parse_cell(value, column)
     if not isinstance(value, dict):
         raise BadInputError(
             f"{column} is {value!r}, expected an object, which a CSV writes as JSON in one cell"
@@ -98,7 +119,8 @@ def nested(row: Row, column: str) -> dict[str, Any]:
     return value
 
 
-def _parse(text: str, column: str) -> Any:
+def parse_cell(text: str, column: str) -> Any:
+    """The value that a CSV's cell holds as JSON or Python. Raises BadInputError where it is not."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:
