@@ -96,3 +96,10 @@ def test_a_tiny_model_gets_narrower_steps_rather_than_another_ratio():
 def test_what_is_no_share_is_refused(ratio):
     with pytest.raises(BadInputError, match="above 0 and below 1"):
         check_ratio(ratio)
+
+
+def test_heads_are_not_pruned_alone_for_the_sake_of_a_round_width():
+    model = llama_shape(230_000, 64, 2, 4, 1, 32, 128)
+    # Two of four heads are 14.2 %, and all 128 channels are a multiple of 16.
+    kept = choose_widths(model, 0.142)
+    assert kept.groups / model.groups >= kept.channels / model.channels

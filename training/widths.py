@@ -35,14 +35,14 @@ def choose_widths(model: Prunable, ratio: float) -> Widths:
     that stay divide the hidden size, without which transformers refuses the configuration. Raises
     BadInputError where no widths meet the ratio.
     """
-    for multiple in _MULTIPLES:
-        near = [
-            kept
-            for kept in _candidates(model, ratio, multiple)
-            if abs(removed_share(model, kept) - ratio) <= TOLERANCE
-        ]
-        if near:
-            return min(near, key=lambda kept: _preference(model, kept))
+    near = [
+        kept
+        for multiple in _MULTIPLES
+        for kept in _candidates(model, ratio, multiple)
+        if abs(removed_share(model, kept) - ratio) <= TOLERANCE
+    ]
+    if near:
+        return min(near, key=lambda kept: _preference(model, kept))
     largest = removed_share(model, Widths(min(_group_counts(model)), _narrowest(model)))
     parts = "heads and MLP channels" if model.prunes_heads else "MLP channels"
     raise BadInputError(
@@ -84,7 +84,8 @@ def _narrowest(model: Prunable) -> int:
     return min(_NARROWEST, model.channels)
 
 
-def _preference(model: Prunable, kept: Widths) -> tuple[bool, float]:
-    """Lower is better: heads lose no larger a share than channels, and then as nearly the same."""
+def _preference(model: Prunable, kept: Widths) -> tuple[bool, int, float]:
+    """Lower is better: heads lose no larger a share than channels, a good multiple, even shares."""
     lead = kept.groups / model.groups - kept.channels / model.channels
-    return lead < 0, abs(lead)
+    rank = next(rank for rank, size in enumerate(_MULTIPLES) if kept.channels % size == 0)
+    return lead < 0, rank, abs(lead)
