@@ -99,7 +99,12 @@ def test_what_is_no_share_is_refused(ratio):
 
 
 def test_heads_are_not_pruned_alone_for_the_sake_of_a_round_width():
+    model = llama_shape(150_000, 64, 2, 4, 1, 16, 128)
+    # Two of four groups are 10.9 % beside all 128 channels; 88 channels are no multiple of 16.
+    assert choose_widths(model, 0.1) == Widths(4, 88)
+
+
+def test_where_channels_cannot_give_more_the_shares_are_as_even_as_they_can_be():
     model = llama_shape(230_000, 64, 2, 4, 1, 32, 128)
-    # Two of four heads are 14.2 %, and all 128 channels are a multiple of 16.
-    kept = choose_widths(model, 0.142)
-    assert kept.groups / model.groups >= kept.channels / model.channels
+    # All but 16 channels are 18.7 %. One group of four with all channels would come near, too.
+    assert choose_widths(model, 0.215) == Widths(2, 80)
