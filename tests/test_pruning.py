@@ -304,6 +304,14 @@ def test_an_interruption_leaves_nothing_behind(step, tiny_of, tmp_path, monkeypa
     assert list((tmp_path / "place").iterdir()) == []
 
 
+def test_a_url_gets_the_same_folder_and_is_refused_once_it_holds_one(tiny_of, pruned):
+    out = "memory://bucket/pruned"
+    prune_model(str(tiny_of("llama")), RATIOS["llama"], out)
+    assert files_of(storage.location(out)) == files_of(pruned("llama")[0])
+    with pytest.raises(BadInputError, match="already holds something"):
+        prune_model("/no/such/model", 0.2, out)
+
+
 def test_what_another_process_wrote_meanwhile_stays(tiny_of, tmp_path, monkeypatch):
     def write_meanwhile(staging, *_):
         (tmp_path / "out").mkdir()
