@@ -21,7 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-models_app = typer.Typer(help="Prepare models that travel as packages.", no_args_is_help=True)
+models_app = typer.Typer(help="Prepare and prune models.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
 
 _SIGINT_EXIT = 130  # what Typer makes of Ctrl-C
@@ -151,6 +151,22 @@ def prepare(name: Annotated[str, typer.Argument(help="Such as smollm2-135m-instr
     from pipeline.models import prepare_model
 
     say(f"{name}: {prepare_model(name)}")
+
+
+@models_app.command("prune")
+def prune(
+    model: Annotated[str, typer.Argument(help="A model: folder, URL, id or packaged name.")],
+    ratio: Annotated[float, typer.Option(help="Share of all parameters to remove, such as 0.2.")],
+    out: Annotated[str, typer.Option(help="A new folder, or the URL of one.")],
+    texts: Annotated[
+        Path | None, typer.Option(help="Calibration texts of your own, one a line.")
+    ] = None,
+) -> None:
+    """Remove the least important heads and MLP channels: a student that fits its teacher."""
+    from training.pruning import prune_model
+
+    hush(cache_folder() / "logs" / "prune.log")
+    prune_model(model, ratio, out, texts)
 
 
 @app.command()

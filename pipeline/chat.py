@@ -100,6 +100,14 @@ def load_chat(
     return Chat(tokenizer, template)
 
 
+def plain_ids(model_folder: Path, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of texts outside a chat, with the BOS or EOS that the tokenizer adds by itself."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    return [tokenizer(text)["input_ids"] for text in texts]
+
+
 def read_template(chat_template: str | None) -> str | None:
     """The text of a template that is given as text or as the path of a file."""
     if chat_template is None or "{" in chat_template:

@@ -1,5 +1,6 @@
 """Tiny models for every test: random weights, a tokenizer of a few hundred tokens, a template."""
 
+import functools
 import os
 import socket
 import threading
@@ -153,6 +154,40 @@ def tiny_gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
         **_SHAPE,
     )
     return _write(tmp_path_factory.mktemp("tiny_gemma"), Gemma3ForCausalLM, config)
+
+
+@pytest.fixture(scope="session")
+def tiny_of(tmp_path_factory: pytest.TempPathFactory):
+    """A function from a family's name to the folder of a tiny model of it, made once."""
+
+    @functools.cache
+    def folder_of(family: str) -> Path:
+        model_type, config = _family(family)
+        return _write(tmp_path_factory.mktemp(family), model_type, config)
+
+    return folder_of
+
+
+def _family(name: str):
+    import transformers as hf
+
+    shape = _SHAPE | {"num_key_value_heads": 2, "head_dim": 32}
+    bias = {"attention_bias": True, "mlp_bias": True}
+    unshared, untied = {"num_key_value_heads": 4}, {"tie_word_embeddings": False}
+    layers = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    families = {
+        "llama": (hf.LlamaForCausalLM, hf.LlamaConfig, shape),
+        "llama_unshared": (hf.LlamaForCausalLM, hf.LlamaConfig, shape | bias | unshared | untied),
+        "qwen2": (hf.Qwen2ForCausalLM, hf.Qwen2Config, shape | {"hidden_size": 128} | untied),
+        "gemma": (hf.GemmaForCausalLM, hf.GemmaConfig, shape),
+        "gemma2": (hf.Gemma2ForCausalLM, hf.Gemma2Config, shape | layers),
+        "gemma3": (hf.Gemma3ForCausalLM, hf.Gemma3TextConfig, shape | layers),
+        "gpt2": (hf.GPT2LMHeadModel, hf.GPT2Config, {"vocab_size": _VOCABULARY, "n_layer": 1}),
+    }
+    model_type, config_type, options = families[name]
+    if name == "qwen2":
+        del options["head_dim"]  # it has none of its own
+    return model_type, config_type(**options)
 
 
 @pytest.fixture(scope="session")
