@@ -27,6 +27,7 @@ app.add_typer(models_app, name="models")
 _SIGINT_EXIT = 130  # what Typer makes of Ctrl-C
 
 Config = Annotated[Path, typer.Argument(help="A recipe, such as configs/quickstart.yaml.")]
+RecipeOrTable = Annotated[Path, typer.Argument(help="A recipe, or a table of configs/tables.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Options to change: section.key=value ...")
 ]
@@ -35,10 +36,15 @@ RunPath = Annotated[str, typer.Argument(help="The folder or URL of a run.")]
 
 
 @app.command()
-def plan(config: Config, overrides: Overrides = None, arm: Arm = None) -> None:
-    """Print what a run would do and cost, and all it would refuse. Starts no model."""
+def plan(config: RecipeOrTable, overrides: Overrides = None, arm: Arm = None) -> None:
+    """Print what a run or a table would do and cost, and all it would refuse. Starts no model."""
     from evals.runs import check_stages
+    from evals.tables.plan import describe_table
+    from evals.tables.spec import is_table, load_table
 
+    if is_table(config):
+        console().print(describe_table(*load_table(config)))
+        return
     check_stages(load_recipe(config, overrides, arm), with_prompts=True)
 
 

@@ -15,6 +15,7 @@ from evals.stage import answers_file
 from evals.tables import run as running
 from evals.tables.figures import is_done, measured
 from evals.tables.layout import as_csv, lines_of, markdown
+from evals.tables.plan import describe_table
 from evals.tables.spec import load_table
 
 RECIPE = {
@@ -180,3 +181,44 @@ def test_a_table_goes_on_at_the_cells_that_are_not_done(spec, monkeypatch):
     assert all(is_done(cell) for cell in cells)
     assert written.read_text().startswith("# Tiny")
     assert json.loads(json.dumps(written.with_suffix(".csv").read_text())).startswith("student,arm")
+
+
+SIZES = {
+    "teacher.parameters": 7_000_000_000,
+    "student.parameters": 1_000_000_000,
+    "cluster.gpu_hour_price": 2.0,
+}
+
+
+def costs(spec, **more):
+    raw = yaml.safe_load(spec.read_text())
+    raw["blocks"][0]["options"] |= SIZES | more
+    spec.write_text(yaml.safe_dump(raw, sort_keys=False))
+    table = describe_table(*load_table(spec))
+    return [list(column.cells) for column in table.columns]
+
+
+def test_a_table_tells_its_cost_without_weights_or_data(spec):
+    rows, cells, steps, hours = costs(spec)
+    assert rows[-1] == "cost at 2 a GPU hour"
+    assert cells[1:3] == ["12", "12"]
+    least, most = (float(hour) for hour in hours[-2].split(" to "))
+    assert 0 < least < most
+    parts = [[float(n.replace(",", "")) for n in text.split(" to ")] for text in hours[:2]]
+    assert [sum(column) for column in zip(*parts, strict=True)] == pytest.approx(
+        [least, most], abs=0.2
+    )
+    # Half of 8 traces of 7473 and 1119 prompts, two epochs of batches of 32; two arms and seeds.
+    per_arm = 2 * (-(-7473 * 4 // 32) + -(-1119 * 4 // 32))
+    assert steps[1] == f"{2 * 2 * per_arm:,}"
+
+
+def test_a_table_of_unknown_size_is_refused(spec):
+    raw = yaml.safe_load(spec.read_text())
+    with pytest.raises(BadInputError, match="the size of org/teacher is not known"):
+        describe_table(*load_table(spec))
+    raw["tasks"] = {"Chat": {"task.name": "chat"}}
+    raw["blocks"][0]["options"] |= SIZES
+    spec.write_text(yaml.safe_dump(raw))
+    with pytest.raises(BadInputError, match="how many prompts chat has is not known"):
+        describe_table(*load_table(spec))

@@ -66,6 +66,15 @@ class Cell:
         return f"{self.student}, {self.arm}, {self.task}, seed {self.seed}"
 
 
+def is_table(path: Path) -> bool:
+    """Whether a file is a table and not a recipe."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except yaml.YAMLError:
+        return False
+    return isinstance(raw, dict) and "blocks" in raw
+
+
 def load_table(path: Path) -> tuple[TableSpec, list[Cell]]:
     """A table and its cells, all of whose configurations are valid. Raises BadInputError."""
     if not path.is_file():
