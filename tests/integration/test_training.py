@@ -255,7 +255,6 @@ def test_sft_learns_without_negatives(tiny_gemma, tmp_path):
 
 
 PREFERENCES = {
-    "dadpo": {"method": "dadpo"},
     "dadpo with KL": {"method": "dadpo", "kl_weight": 0.2},
     "kto": {"method": "kto"},
 }
