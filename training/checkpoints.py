@@ -94,4 +94,7 @@ def _generation_config(base: Path, chat: Chat) -> Any:
     stops = generation.eos_token_id or []
     stops = [stops] if isinstance(stops, int) else list(stops)
     generation.eos_token_id = list(dict.fromkeys([*stops, chat.end_of_turn_id]))
+    # Vicuna gives a temperature without do_sample, which transformers loads but refuses to save.
+    if any(getattr(generation, name) not in (None, 1.0) for name in ("temperature", "top_p")):
+        generation.do_sample = True
     return generation
