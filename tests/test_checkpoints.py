@@ -62,11 +62,11 @@ def test_a_student_with_its_own_code_is_saved_with_it(own_model, tiny_llama, tmp
 def test_a_student_that_was_published_with_a_temperature_is_saved(tiny_llama, tmp_path):
     folder, target = tmp_path / "vicuna", tmp_path / "checkpoint"
     shutil.copytree(tiny_llama, folder)
-    settings = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 2}  # and no do_sample
+    settings = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 0}  # and no do_sample
     (folder / "generation_config.json").write_text(json.dumps(settings))
     target.mkdir()
     chat = load_chat(folder)
     write_checkpoint(target, folder, load_file(folder / "model.safetensors"), chat)
     saved = json.loads((target / "generation_config.json").read_text())
     assert (saved["temperature"], saved["do_sample"]) == (0.9, True)
-    assert saved["eos_token_id"] == [2, chat.end_of_turn_id]
+    assert saved["eos_token_id"] == [0, chat.end_of_turn_id]
