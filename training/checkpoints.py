@@ -91,8 +91,8 @@ def _generation_config(base: Path, chat: Chat) -> Any:
 
     has_own = (base / "generation_config.json").is_file()
     generation = GenerationConfig.from_pretrained(base) if has_own else GenerationConfig()
-    stops = generation.eos_token_id or []
-    stops = [stops] if isinstance(stops, int) else list(stops)
+    stops = generation.eos_token_id
+    stops = [stops] if isinstance(stops, int) else list(stops or ())
     generation.eos_token_id = list(dict.fromkeys([*stops, chat.end_of_turn_id]))
     # Vicuna gives a temperature without do_sample, which transformers loads but refuses to save.
     if any(getattr(generation, name) not in (None, 1.0) for name in ("temperature", "top_p")):
