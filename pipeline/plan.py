@@ -1,12 +1,10 @@
 """The plan of a run: what will run, on what, how much of it, and all that it would refuse."""
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from math import ceil
-from pathlib import Path
 from typing import TypeVar
 
 from rich.table import Table
@@ -19,19 +17,15 @@ from cluster.run_folder import check_recipe
 from cluster.sections import Model
 from cluster.session import refuse_taken_port, refuse_too_few_cpus, starts_own_cluster
 from cluster.storage import is_published, location
-from pipeline.chat import Chat, check_chat, check_same_tokenizer, load_chat
+from pipeline.chat import Chat, check_same_tokenizer
 from pipeline.foreign_plan import plan_foreign
-from pipeline.models import resolve_model
 from pipeline.pairs import draws_from_latest
-from pipeline.rows import Prompt
-from pipeline.tasks import load_prompts, user_message, worked_examples
-from pipeline.tasks.task import SPLITS, Split
+from pipeline.probing import Probe, Splits, check_training_length, probe_model
+from pipeline.tasks import load_prompts
+from pipeline.tasks.task import SPLITS
 from pipeline.verdicts.choice import check_verdict, has_verdicts
 
 _GIB = 1 << 30
-_PROBED_PROMPTS = 256
-# How Granite, Cohere and Falcon-H1 name a factor between their head and the softmax.
-_SCALES = ("logits_scaling", "logit_scale", "lm_head_multiplier")
 _ASSUMED_RIGHT = 0.5  # share of the teacher's traces, before any is sampled
 
 Found = TypeVar("Found")
@@ -55,20 +49,6 @@ class Plan:
             return None
 
 
-@dataclass(frozen=True)
-class _Probe:
-    """A model of the run, with the ids of the longest prompt that it will answer."""
-
-    folder: Path
-    shape: memory.ModelShape
-    chat: Chat
-    prompt_ids: list[int]
-
-    @property
-    def longest_prompt(self) -> int:
-        return len(self.prompt_ids)
-
-
 def plan_run(config: RunConfig) -> Plan:
     """Look at configuration, data, run folder and model folders; start no model."""
     plan = Plan()
@@ -85,7 +65,7 @@ def plan_run(config: RunConfig) -> Plan:
     )
     probes = _probe_models(plan, config, splits)
     if student := probes.get("student"):
-        plan.check(lambda: _check_training_length(config, student))
+        plan.check(lambda: check_training_length(config, student))
         if folder:  # else the store may be out of reach
             _plan_foreign_teachers(plan, config, splits, student.chat)
         if probes.keys() == _models(config).keys():
@@ -103,19 +83,15 @@ def _models(config: RunConfig) -> dict[str, Model]:
     return {**local, "student": _student(config)}
 
 
-def _probe_models(
-    plan: Plan, config: RunConfig, splits: dict[Split, list[Prompt]]
-) -> dict[str, _Probe]:
+def _probe_models(plan: Plan, config: RunConfig, splits: Splits) -> dict[str, Probe]:
     probes = {
-        name: plan.check(partial(_probe, name, section, config, splits))
+        name: plan.check(partial(probe_model, name, section, config, splits))
         for name, section in _models(config).items()
     }
     return {name: probe for name, probe in probes.items() if probe}
 
 
-def _plan_foreign_teachers(
-    plan: Plan, config: RunConfig, splits: dict[Split, list[Prompt]], chat: Chat
-) -> None:
+def _plan_foreign_teachers(plan: Plan, config: RunConfig, splits: Splits, chat: Chat) -> None:
     for name, teacher in config.teachers.items():
         if teacher.endpoint:
             plan.rows += plan.check(partial(plan_foreign, name, config, splits, chat)) or []
@@ -138,7 +114,7 @@ def _whereabouts(config: RunConfig) -> str:
     return f"{place}, with {accelerator[config.cluster.accelerator]}; {folders}"
 
 
-def _load_splits(plan: Plan, config: RunConfig) -> dict[Split, list[Prompt]]:
+def _load_splits(plan: Plan, config: RunConfig) -> Splits:
     splits = {split: load_prompts(config.task, split, config.run.seed) for split in SPLITS}
     sizes = ", ".join(f"{len(prompts)} {split}" for split, prompts in splits.items())
     plan.rows.append(("task", f"{config.task.name}: {sizes} prompts"))
@@ -159,77 +135,7 @@ def _verdict(config: RunConfig) -> str:
     return "none: each answer of the teacher is chosen, each of the student rejected"
 
 
-def _probe(
-    name: str, section: Model, config: RunConfig, splits: dict[Split, list[Prompt]]
-) -> _Probe:
-    folder = resolve_model(section.model)
-    shape = memory.read_shape(folder, section.trust_remote_code)
-    if name == "student":
-        _check_head(folder, section)
-    chat = load_chat(folder, section.chat_template, section.trust_remote_code)
-    shots = worked_examples(section, splits["train"][0].kind)
-    trained = _longest_prompts(chat, splits["train"], shots)
-    asked = _longest_prompts(chat, splits["validation"] + splits["test"], shots)
-    check_chat(chat, trained[0])
-    engines, serving = config.engines.max_model_len, config.serving.max_model_len
-    new_tokens, share = config.sampling.max_new_tokens, config.sampling.max_error_share
-    served = name in ("teacher", "student")  # not so the further teachers
-    for part, context in (("engines", engines), ("serving", serving))[: 1 + served]:
-        if shape.context and context > shape.context:
-            raise BadInputError(
-                f"{part}.max_model_len={context} is more than the {name}'s own context of "
-                f"{shape.context}: lower it"
-            )
-    prompts = len(splits["train"])
-    _check_room("engines", engines, trained, new_tokens, share * prompts)
-    if served:
-        prompts = len(splits["validation"]) + len(splits["test"])
-        _check_room("serving", serving, asked, config.evaluation_tokens, share * prompts)
-    # A longer prompt than the engines take gets no traces, and so never comes to training.
-    taken = (ids for ids in trained if len(ids) + new_tokens <= engines)
-    return _Probe(folder, shape, chat, next(taken, trained[0]))
-
-
-def _check_head(folder: Path, section: Model) -> None:
-    """Refuse to train what `pipeline.logprobs` would score at another temperature."""
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    scales = {name: settings[name] for name in _SCALES if settings.get(name, 1) not in (1, None)}
-    if scales:
-        raise BadInputError(
-            f"student.model={section.model} scales its logits ({scales}), which training does not "
-            "do: take a student of another architecture"
-        )
-
-
-def _longest_prompts(
-    chat: Chat, prompts: list[Prompt], shots: tuple[tuple[str, str], ...]
-) -> list[list[int]]:
-    """Ids of the prompts with the longest texts, longest first."""
-    messages = sorted(map(user_message, prompts), key=len)[-_PROBED_PROMPTS:]
-    return sorted((chat.prompt_ids(message, shots) for message in messages), key=len, reverse=True)
-
-
-def _check_room(
-    part: str, context: int, prompts: list[list[int]], new_tokens: int, allowed: float
-) -> None:
-    too_long = sum(len(ids) + new_tokens > context for ids in prompts)
-    if too_long > allowed:
-        raise BadInputError(
-            f"a prompt of {len(prompts[0])} tokens and {new_tokens} new tokens do not fit in "
-            f"{part}.max_model_len={context}: raise it or lower the new tokens (this holds for "
-            f"{too_long} prompt(s), and sampling.max_error_share tolerates {int(allowed)})"
-        )
-
-
-def _check_training_length(config: RunConfig, student: _Probe) -> None:
-    if student.longest_prompt >= config.training.max_length:
-        raise BadInputError(
-            f"a prompt of {student.longest_prompt} tokens leaves no room for a response in "
-            f"training.max_length={config.training.max_length}: raise it"
-        )
-
-
-def _plan_models(plan: Plan, config: RunConfig, probes: dict[str, _Probe]) -> None:
+def _plan_models(plan: Plan, config: RunConfig, probes: dict[str, Probe]) -> None:
     for name, probe in probes.items():
         engine = memory.engine_bytes(probe.shape, config.engines) / _GIB
         text = (
@@ -241,7 +147,7 @@ def _plan_models(plan: Plan, config: RunConfig, probes: dict[str, _Probe]) -> No
         plan.rendered.append(("as ids", " ".join(map(str, probe.prompt_ids))))
 
 
-def _plan_work(plan: Plan, config: RunConfig, prompts: int, probes: dict[str, _Probe]) -> None:
+def _plan_work(plan: Plan, config: RunConfig, prompts: int, probes: dict[str, Probe]) -> None:
     student = probes["student"]
     training, samples = config.training, config.sampling.samples
     if training.epochs == 0:
@@ -283,7 +189,7 @@ def _plan_work(plan: Plan, config: RunConfig, prompts: int, probes: dict[str, _P
     ]
 
 
-def _checkpoint_gib(student: _Probe) -> float:
+def _checkpoint_gib(student: Probe) -> float:
     return 2 * student.shape.parameters / _GIB
 
 
@@ -293,7 +199,7 @@ def _seconds(
     students: int,
     pairs: int,
     row_tokens: int,
-    probes: dict[str, _Probe],
+    probes: dict[str, Probe],
 ) -> float:
     student = probes["student"].shape.parameters
     teachers = sum(probe.shape.parameters for probe in probes.values()) - student
