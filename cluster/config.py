@@ -81,6 +81,8 @@ def _impossible_combinations(config: RunConfig) -> list[str]:
 
 def _context_rules(config: RunConfig) -> list[Rule]:
     engines, sampling, serving = config.engines, config.sampling, config.serving
+    by_engines = config.evaluation.through == "engines"
+    part, answering = ("engines", engines) if by_engines else ("serving", serving)
     return [
         (
             engines.min_engines > engines.max_engines,
@@ -98,9 +100,10 @@ def _context_rules(config: RunConfig) -> list[Rule]:
             "one and the same: set sampling.samples to 1, or sampling.temperature above 0",
         ),
         (
-            config.evaluation_tokens >= serving.max_model_len,
+            config.evaluation_tokens >= answering.max_model_len,
             f"evaluation.max_new_tokens={config.evaluation_tokens} leaves no room for a prompt in "
-            f"serving.max_model_len={serving.max_model_len}: raise the context or lower the tokens",
+            f"{part}.max_model_len={answering.max_model_len}: raise the context, or lower the "
+            "tokens",
         ),
         (
             serving.gpus_per_model > 1 and not serving.gpus_per_model.is_integer(),

@@ -133,6 +133,12 @@ def test_a_context_too_short_is_refused_with_its_number(plan_of):
     assert any("engines.max_model_len" in refusal for refusal in plan.refusals)
 
 
+def test_who_answers_an_evaluation_must_have_room_for_it(plan_of):
+    small = {"serving": {"max_model_len": 100}}
+    assert any("serving.max_model_len" in refusal for refusal in plan_of(**small).refusals)
+    assert plan_of(**small, evaluation={"through": "engines"}).refusals == []
+
+
 def test_a_few_prompts_too_long_are_left_to_their_rows_and_many_are_refused(plan_of, tmp_path):
     questions = [f"What is {number} + 1?" for number in range(40)]
     questions[3] = "Add: " + " ".join(["1"] * 800)
