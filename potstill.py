@@ -43,6 +43,10 @@ def plan(config: RecipeOrTable, overrides: Overrides = None, arm: Arm = None) ->
     from evals.tables.spec import is_table, load_table
 
     if is_table(config):
+        if overrides or arm:
+            raise BadInputError(
+                f"{config} is a table, which has its own options and arms: give none"
+            )
         console().print(describe_table(*load_table(config)))
         return
     check_stages(load_recipe(config, overrides, arm), with_prompts=True)

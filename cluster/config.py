@@ -7,7 +7,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 from cluster import sections
 from cluster.errors import BadInputError
 from cluster.sections import EXECUTION, Section
-from cluster.teachers import impossible_teachers
+from cluster.teachers import impossible_judge, impossible_teachers
 
 
 class RunConfig(Section):
@@ -34,6 +34,8 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
         problems = _impossible_combinations(self) + impossible_teachers(self.teachers)
+        if isinstance(self.task.verdict, sections.JudgeVerdict):
+            problems += impossible_judge(self.task.verdict)
         if problems:
             raise ValueError("; ".join(problems))
         return self

@@ -16,31 +16,55 @@ _STAGES = "stages"
 
 
 def load_recipe(
-    path: str | Path, overrides: Sequence[str] | None = None, arm: str | None = None
+    path: str | Path,
+    overrides: Sequence[str] | None = None,
+    arm: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> list[RunConfig]:
     """The configurations of a recipe's stages, in the order in which they run; mostly one.
 
     Overrides are of the form "training.epochs=2". A recipe with `stages` (names, each with the
     sections that it changes) runs them in folders of their own: each trains the student of the one
-    before, and draws negatives from the original student. An arm changes the last stage.
+    before, and draws negatives from the original student. An arm changes the last stage that it
+    runs. `options` (dotted, as a table has them) yield to the arm, and the arm to overrides.
 
     Raises BadInputError for a missing file, broken YAML, unknown keys, wrong types and
     combinations that cannot work.
     """
     raw = _read_yaml(Path(path))
-    for override in overrides or ():
-        _apply_override(raw, override)
     stages = raw.pop(_STAGES, None)
-    last = _last_stage(raw, stages)
-    chosen = {override.partition("=")[0] for override in overrides or ()}
-    for key, value in (options_of(arm) if arm else {}).items():
-        if key not in chosen:
-            _set_option(last, key, value, f"arm {arm!r}")
-    changes = [f"--arm {arm}"] * bool(arm) + list(overrides or ())
+    _check_stages(stages)
+    for key, value in (options or {}).items():
+        _set_option(raw, key, value, "the table")
+    changes = _apply_arm(arm, raw, stages, _keys(overrides))
+    for override in overrides or ():
+        _apply_override(raw, stages, override)
+    changes += overrides or ()
     source = " ".join([str(path), *["with"] * bool(changes), *changes])
-    if stages is None:
-        return [parse_config(raw, source)]
-    return _chain(raw, stages, source)
+    return [parse_config(raw, source)] if stages is None else _chain(raw, stages, source)
+
+
+def _apply_arm(
+    arm: str | None, raw: dict[str, Any], stages: dict[str, Any] | None, chosen: set[str]
+) -> list[str]:
+    """Put an arm's options where it ends, but for those that are `chosen` on the command line."""
+    if arm is None:
+        return []
+    options, count = options_of(arm)
+    last, prefix = raw, ""
+    if stages is not None:
+        for name in list(stages)[count:] if count else ():
+            del stages[name]
+        name = list(stages)[-1]
+        last, prefix = stages[name], f"{_STAGES}.{name}."
+    for key, value in options.items():
+        if not {key, prefix + key} & chosen:
+            _set_option(last, key, value, f"arm {arm!r}")
+    return [f"--arm {arm}"]
+
+
+def _keys(overrides: Sequence[str] | None) -> set[str]:
+    return {override.partition("=")[0] for override in overrides or ()}
 
 
 def load_config(
@@ -51,15 +75,14 @@ def load_config(
     return config
 
 
-def _last_stage(raw: dict[str, Any], stages: Any) -> dict[str, Any]:
+def _check_stages(stages: Any) -> None:
     if stages is None:
-        return raw
+        return
     if not isinstance(stages, dict) or not stages or not all(map(_is_stage, stages.items())):
         raise BadInputError(
             f"stages={stages!r}: expected names, each with the sections that it changes, such as "
             "dsft: {training: {method: sft}}"
         )
-    return stages[list(stages)[-1]]
 
 
 def _is_stage(item: tuple[Any, Any]) -> bool:
@@ -74,6 +97,11 @@ def _chain(raw: dict[str, Any], stages: dict[str, Any], source: str) -> list[Run
         folder = str(_section(raw, "run").get("folder", "")).rstrip("/")
         merged["run"] = {**_section(merged, "run"), "folder": f"{folder}/{name}"}
         if configs:
+            if configs[-1].training.epochs == 0:
+                raise BadInputError(
+                    f"{source}: the stage before {name} has training.epochs=0, and so no student "
+                    "to go on with: raise it, or leave that stage out"
+                )
             merged["base_student"] = _section(raw, "student")
             merged["student"] = {**_section(merged, "student"), **_trained(configs[-1])}
         configs.append(parse_config(merged, f"{source}, stage {name}"))
@@ -127,7 +155,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _apply_override(raw: dict[str, Any], override: str) -> None:
+def _apply_override(raw: dict[str, Any], stages: dict[str, Any] | None, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or "." not in key:
         raise BadInputError(
@@ -137,7 +165,16 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise BadInputError(f"override {override!r} has no YAML value: {error}") from None
-    _set_option(raw, key, value, f"override {override!r}")
+    first, _, rest = key.partition(".")
+    if first != _STAGES:
+        _set_option(raw, key, value, f"override {override!r}")
+        return
+    name, _, rest = rest.partition(".")
+    if name not in (stages or {}) or not rest:
+        there = f"those of {', '.join(stages)}" if stages else "none"
+        raise BadInputError(f"override {override!r}: {name!r} is no stage, the recipe has {there}")
+    assert stages is not None
+    _set_option(stages[name], rest, value, f"override {override!r}")
 
 
 def _set_option(raw: dict[str, Any], key: str, value: Any, source: str) -> None:

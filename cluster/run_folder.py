@@ -38,6 +38,11 @@ class RunFolder:
         """What each stage and each training step recorded, as lines of JSON."""
         return self.root / "metrics.jsonl"
 
+    @property
+    def finished_file(self) -> UPath:
+        """Written when all stages of the run are done."""
+        return self.root / "finished.json"
+
     def completions(self, name: str) -> UPath:
         """Graded traces of one model: "teacher", or "student_000" for the base student."""
         return self.root / "completions" / f"{name}.parquet"

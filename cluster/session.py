@@ -147,7 +147,9 @@ def app_name(config: RunConfig, part: str) -> str:
 def pool_name(config: RunConfig) -> str:
     """Ray Serve's names for the engines of this run start so: its own, or those it shares."""
     shared = config.engines.pool
-    return app_name(config, "sampler") if shared is None else f"potstill-sampler-{shared}"
+    if shared is None:
+        return app_name(config, "sampler")
+    return f"potstill-sampler-{storage.digest_text(shared)[:12]}"
 
 
 def logical_cpus(config: RunConfig) -> int:

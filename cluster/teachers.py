@@ -1,11 +1,11 @@
-"""What the sections of teachers may not say together."""
+"""What the sections of teachers and judges may not say together."""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from cluster.sections import Endpoint, Model, Teacher
+from cluster.sections import Endpoint, JudgeVerdict, Model, Teacher
 
 # Capitals, so that a key that is put here by mistake is seen as one and not written to files.
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
@@ -62,16 +62,6 @@ def _impossible_endpoint(name: str, endpoint: Endpoint) -> list[str]:
     )
     rules = [
         (
-            not _is_base_url(endpoint.url),
-            f"{name}.url must be a base URL such as https://api.example.com/v1, without user, "
-            "password or query: a key is read from the environment, never from the configuration",
-        ),
-        (
-            not _VARIABLE.fullmatch(endpoint.api_key_env),
-            f"{name}.api_key_env must be the NAME of an environment variable in capitals, such as "
-            "OPENAI_API_KEY; if you gave the key itself, put it into that variable",
-        ),
-        (
             None in money and any(value is not None for value in money),
             f"{name} must have both prices and spending_limit, or none of the three: without "
             "prices no limit can be kept, and without a limit spending has no end. Set "
@@ -81,6 +71,28 @@ def _impossible_endpoint(name: str, endpoint: Endpoint) -> list[str]:
             None not in money and not (money[0] or money[1]),
             f"{name}.spending_limit is never reached at prices of 0: set a price, or remove the "
             "limit and the prices",
+        ),
+    ]
+    secrets = _misplaced_secrets(name, endpoint.url, endpoint.api_key_env)
+    return secrets + [message for broken, message in rules if broken]
+
+
+def impossible_judge(judge: JudgeVerdict) -> list[str]:
+    """What cannot work in the section of a judge, a sentence each."""
+    return _misplaced_secrets("task.verdict", judge.url, judge.api_key_env)
+
+
+def _misplaced_secrets(name: str, url: str, variable: str) -> list[str]:
+    rules = [
+        (
+            not _is_base_url(url),
+            f"{name}.url must be a base URL such as https://api.example.com/v1, without user, "
+            "password or query: a key is read from the environment, never from the configuration",
+        ),
+        (
+            not _VARIABLE.fullmatch(variable),
+            f"{name}.api_key_env must be the NAME of an environment variable in capitals, such as "
+            "OPENAI_API_KEY; if you gave the key itself, put it into that variable",
         ),
     ]
     return [message for broken, message in rules if broken]

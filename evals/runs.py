@@ -1,7 +1,8 @@
 """The stages of a recipe as work to be done: opened, sampled, trained, evaluated, reported."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Any
 
 from cluster.config import RunConfig
@@ -9,6 +10,7 @@ from cluster.errors import BadInputError
 from cluster.progress import console, hush, say, watched_board
 from cluster.run_folder import RunFolder, check_recipe, open_run
 from cluster.session import ray_session, result_of
+from cluster.storage import write_json
 
 
 def check_stages(configs: Sequence[RunConfig], with_prompts: bool = False) -> None:
@@ -19,12 +21,24 @@ def check_stages(configs: Sequence[RunConfig], with_prompts: bool = False) -> No
     from pipeline.plan import describe_plan, plan_run
 
     plans = [plan_run(config) for config in configs]
-    refusals = dict.fromkeys(refusal for planned in plans for refusal in planned.refusals)
+    refusals = _refusals(plans)
     if with_prompts or not refusals:
         for planned in plans:
             console().print(describe_plan(planned, with_prompts))
     if refusals:
         raise BadInputError("; ".join(refusals))
+
+
+def refuse_stages(configs: Iterable[RunConfig]) -> None:
+    """Raise BadInputError for all that the plans of these stages would refuse; print nothing."""
+    from pipeline.plan import plan_run
+
+    if refusals := _refusals(plan_run(config) for config in configs):
+        raise BadInputError("; ".join(refusals))
+
+
+def _refusals(plans: Iterable[Any]) -> list[str]:
+    return list(dict.fromkeys(refusal for planned in plans for refusal in planned.refusals))
 
 
 def open_stages(configs: Sequence[RunConfig]) -> Iterator[tuple[RunFolder, RunConfig]]:
@@ -46,15 +60,19 @@ def open_stage(config: RunConfig) -> RunFolder:
     return folder
 
 
-def run_stage(folder: RunFolder, config: RunConfig) -> None:
-    """Sample, pair, train, resample, evaluate and report."""
+def run_stage(folder: RunFolder, config: RunConfig, keep_engines: bool = False) -> None:
+    """Sample, pair, train, resample, evaluate and report.
+
+    With `keep_engines` they stay up where the cluster does, for a run that shares their pool.
+    """
     from evals.report import write_report
     from evals.stage import evaluate
 
-    with _data_plane(folder, config) as (resampler, board):
+    with _data_plane(folder, config, keep_engines) as (resampler, board):
         _train(folder, config, resampler, board)
         evaluate(folder, config)
     write_report(folder, config)
+    write_json(folder.finished_file, {"date": datetime.now(UTC).isoformat(timespec="seconds")})
 
 
 def train_stage(folder: RunFolder, config: RunConfig) -> None:
@@ -70,7 +88,9 @@ def sample_stage(folder: RunFolder, config: RunConfig) -> None:
 
 
 @contextmanager
-def _data_plane(folder: RunFolder, config: RunConfig) -> Iterator[tuple[Any, Any]]:
+def _data_plane(
+    folder: RunFolder, config: RunConfig, keep_engines: bool = False
+) -> Iterator[tuple[Any, Any]]:
     """Ray, the resampler and the board on which remote work shows its progress."""
     import ray
 
@@ -84,7 +104,7 @@ def _data_plane(folder: RunFolder, config: RunConfig) -> Iterator[tuple[Any, Any
         finally:
             if not all_ends:
                 ray.kill(resampler)
-                if config.engines.pool is None:  # a shared pool is given back by who shares it
+                if not keep_engines:
                     release_engines(config)
 
 

@@ -43,10 +43,14 @@ def unrelated_answers(pairs: Sequence[Pair], chat: Chat, max_length: int) -> lis
 def fit(answered: Answered, chat: Chat, max_length: int) -> Answered:
     """The text, cut so that it and its prompt take at most `max_length` tokens of `chat`."""
     ids = chat.response_ids(answered.response, answered.finished)
-    room = max_length - len(chat.prompt_ids(answered.message))
+    room = max(0, max_length - len(chat.prompt_ids(answered.message)))
     if len(ids) <= room:
         return answered
-    cut = chat.tokenizer.decode(ids[:room], skip_special_tokens=True)
+    # A cut within a character, or through a merge, may take more tokens when it is read again.
+    for kept in range(room, -1, -1):
+        cut = chat.tokenizer.decode(ids[:kept], skip_special_tokens=True)
+        if len(chat.response_ids(cut, finished=False)) <= room:
+            break
     return replace(answered, response=cut, finished=False)
 
 

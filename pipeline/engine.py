@@ -86,6 +86,7 @@ class SamplingEngine:
         if self._engine is None:
             self._engine = start_engine(folder, weights, self._engines, self._on_gpu)
         elif weights.digest != self._digest:
+            self._digest = ""  # until it has the new weights it answers for none
             await self._engine.collective_rpc("take_weights", args=(str(folder),))
             await self._engine.reset_prefix_cache()
         self._digest = weights.digest

@@ -63,6 +63,7 @@ def plan_run(config: RunConfig) -> Plan:
     plan.check(
         lambda: check_verdict(config.task, [one for part in splits.values() for one in part])
     )
+    plan.check(lambda: _check_negatives(config))
     probes = _probe_models(plan, config, splits)
     if student := probes.get("student"):
         plan.check(lambda: check_training_length(config, student))
@@ -75,6 +76,14 @@ def plan_run(config: RunConfig) -> Plan:
             _plan_models(plan, config, probes)
             _plan_work(plan, config, len(splits["train"]), probes)
     return plan
+
+
+def _check_negatives(config: RunConfig) -> None:
+    if config.pairs.negatives_from == "teacher" and not has_verdicts(config.task):
+        raise BadInputError(
+            f"pairs.negatives_from=teacher needs wrong answers, and {config.task.name} has no "
+            "verdicts: set task.verdict, or negatives_from to student"
+        )
 
 
 def _models(config: RunConfig) -> dict[str, Model]:

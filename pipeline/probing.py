@@ -44,8 +44,8 @@ def probe_model(name: str, section: Model, config: RunConfig, splits: Splits) ->
     """
     folder = resolve_model(section.model)
     shape = memory.read_shape(folder, section.trust_remote_code)
-    if name == "student":
-        _check_head(folder, section)
+    if name == "student" or (name == "teacher" and _reads_teacher(config)):
+        _check_head(name, folder, section)
     chat = load_chat(folder, section.chat_template, section.trust_remote_code)
     trained = _longest_prompts(chat, section, splits["train"])
     check_chat(chat, trained[0])
@@ -89,14 +89,20 @@ def _check_context(part: str, context: int, name: str, shape: memory.ModelShape)
         )
 
 
-def _check_head(folder: Path, section: Model) -> None:
-    """Refuse to train what `pipeline.logprobs` would score at another temperature."""
+def _reads_teacher(config: RunConfig) -> bool:
+    """Whether `pipeline.logprobs` reads the teacher too."""
+    by_pass = config.scoring.engine == "forward" and "teacher" in config.scored_by
+    return by_pass or config.training.kl_weight > 0
+
+
+def _check_head(name: str, folder: Path, section: Model) -> None:
+    """Refuse what `pipeline.logprobs` would score at another temperature."""
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     scales = {name: settings[name] for name in _SCALES if settings.get(name, 1) not in (1, None)}
     if scales:
         raise BadInputError(
-            f"student.model={section.model} scales its logits ({scales}), which training does not "
-            "do: take a student of another architecture"
+            f"{name}.model={section.model} scales its logits ({scales}), which training does not "
+            f"do: take a {name} of another architecture"
         )
 
 

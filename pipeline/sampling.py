@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -46,7 +47,7 @@ def make_writer(name: str, reference: str, section: Model, config: RunConfig, ki
         weights=Weights(
             reference=reference,
             digest=model_digest(folder),
-            architecture=digest_file(folder / "config.json"),
+            architecture=_architecture(folder, chat),
             dtype=section.dtype,
             trust_remote_code=section.trust_remote_code,
         ),
@@ -60,6 +61,12 @@ def make_writer(name: str, reference: str, section: Model, config: RunConfig, ki
         ),
         few_shot=worked_examples(section, kind),
     )
+
+
+def _architecture(folder: Path, chat: Chat) -> str:
+    """What an engine keeps when it reloads weights: shapes, and the tokenizer for its answers."""
+    vocabulary = digest_text(repr(sorted(chat.tokenizer.get_vocab().items())))
+    return digest_text(digest_file(folder / "config.json"), vocabulary)
 
 
 def plan_requests(

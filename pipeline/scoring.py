@@ -18,7 +18,7 @@ from cluster.storage import digest_text
 from pipeline.engine import ScoreAnswer, ScoreRequest, Weights
 from pipeline.fan_out import ask_patiently, through_engines, through_models
 from pipeline.models import resolve_exact
-from pipeline.pool import ensure_engines
+from pipeline.pool import ensure_engines, release_engines
 from pipeline.rows import Score
 from pipeline.sampling import Writer
 from pipeline.store import ScoreStore
@@ -99,6 +99,8 @@ def _fan_out(
     on_gpu: bool,
 ) -> Iterator[pa.Table]:
     if config.scoring.engine == "forward":
+        if on_gpu:
+            release_engines(config)  # they may hold the GPUs that the models would wait for
         loading = (reader.weights, store, config.scoring.forward_tokens, on_gpu)
         return through_models(requests, ScoreByForwardPass, loading, config.engines, on_gpu)
     handle = ensure_engines(config, reader.weights, on_gpu)

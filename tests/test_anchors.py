@@ -66,6 +66,14 @@ def test_a_text_is_cut_as_text_and_then_has_no_end_of_turn(chat):
     assert fit(long, chat, 4096) == long
 
 
+def test_a_cut_within_a_character_still_fits_when_it_is_read_again(chat):
+    snow = Answered("Tom has 3 pens.", "☃" * 40, True)
+    prompt = len(chat.prompt_ids(snow.message))
+    for limit in range(prompt, prompt + 12):
+        short = fit(snow, chat, limit)
+        assert len(chat.response_ids(short.response, short.finished)) <= limit - prompt
+
+
 def test_pairs_are_cut_on_both_sides(chat):
     limit = len(chat.prompt_ids(PAIRS[0].prompt)) + 4
     (cut,) = fit_pairs(PAIRS[:1], chat, limit)

@@ -131,6 +131,21 @@ def test_a_teacher_behind_an_endpoint_has_no_probabilities(config_file, options,
         load_config(config_file, options)
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("url=https://me:sk-1@example.com/v1", "without user, password"),
+        ("api_key_env=sk-1", "must be the NAME of an environment variable"),
+    ],
+)
+def test_a_judges_key_has_no_place_in_the_configuration(config_file, option, message):
+    judge = "task.verdict={by: judge, url: 'https://example.com/v1', model: big}"
+    load_config(config_file, ["task.name=chat", judge])
+    with pytest.raises(BadInputError, match=message) as refused:
+        load_config(config_file, ["task.name=chat", judge, f"task.verdict.{option}"])
+    assert "sk-1" not in str(refused.value).replace(option, "")
+
+
 def test_a_missing_section_is_named(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({key: MINIMAL[key] for key in ("run", "task", "teacher")}))

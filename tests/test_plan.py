@@ -133,6 +133,12 @@ def test_a_context_too_short_is_refused_with_its_number(plan_of):
     assert any("engines.max_model_len" in refusal for refusal in plan.refusals)
 
 
+def test_a_teachers_negatives_need_verdicts(plan_of, chats):
+    pairs = {"negatives_from": "teacher", "phi": 0}
+    refusals = plan_of(task=chats, pairs=pairs).refusals
+    assert any("needs wrong answers, and chat has no verdicts" in refusal for refusal in refusals)
+
+
 def test_who_answers_an_evaluation_must_have_room_for_it(plan_of):
     small = {"serving": {"max_model_len": 100}}
     assert any("serving.max_model_len" in refusal for refusal in plan_of(**small).refusals)

@@ -51,6 +51,47 @@ def test_an_arm_changes_the_last_stage(file):
     assert (second.training.method, second.training.teacher_weight) == ("dadpo", 0)
 
 
+def test_the_command_line_wins_over_the_arm_wins_over_the_table(file):
+    for given in ("training.teacher_weight=0.5", "stages.dadpo.training.teacher_weight=0.5"):
+        *_, last = load_recipe(file, [given], "ddpo")
+        assert last.training.teacher_weight == 0.5, given
+    table = {"training.teacher_weight": 0.01, "training.reference_weight": 0.3}
+    *_, last = load_recipe(file, arm="ddpo", options=table)
+    assert (last.training.teacher_weight, last.training.reference_weight) == (0, 0.3)
+
+
+def test_an_arm_may_end_at_the_first_stage(file):
+    (zero,) = load_recipe(file, arm="zero_shot_cot")
+    assert (zero.training.epochs, zero.student.model) == (0, "org/student")
+    (dsft,) = load_recipe(file, arm="dsft")
+    assert (dsft.training.method, dsft.training.epochs) == ("sft", 3)
+
+
+def test_phi_of_an_arm_is_not_undone_by_a_schedule(file):
+    options = {"pairs.phi_schedule": [0.1]}
+    file.write_text(yaml.safe_dump({k: v for k, v in RECIPE.items() if k != "stages"}))
+    for arm, phi in (("off_policy_orpo", 0), ("on_policy_orpo", 1), ("mixed_policy_orpo", 0.5)):
+        assert load_recipe(file, arm=arm, options=options)[0].pairs.phi_in(1) == phi
+    assert load_recipe(file, arm="zero_shot_cot", options=options)[0].training.epochs == 0
+
+
+@pytest.mark.parametrize("option", ["stages.dadop.training.epochs=2", "stages.dsft=2"])
+def test_a_misspelt_stage_is_refused(file, option):
+    with pytest.raises(BadInputError, match="is no stage, the recipe has those of dsft, dadpo"):
+        load_recipe(file, [option])
+
+
+def test_an_override_of_a_stage_needs_stages(file):
+    file.write_text(yaml.safe_dump({k: v for k, v in RECIPE.items() if k != "stages"}))
+    with pytest.raises(BadInputError, match="the recipe has none"):
+        load_recipe(file, ["stages.dsft.training.epochs=2"])
+
+
+def test_a_stage_without_epochs_leaves_no_student(file):
+    with pytest.raises(BadInputError, match=r"before dadpo has training\.epochs=0"):
+        load_recipe(file, ["stages.dsft.training.epochs=0"])
+
+
 @pytest.mark.parametrize("stages", [[], "dsft", {}, {"a b": {}}, {"dsft": 3}], ids=repr)
 def test_stages_that_are_none_are_refused(file, stages):
     file.write_text(yaml.safe_dump(RECIPE | {"stages": stages}))

@@ -75,8 +75,8 @@ def test_another_port_than_that_of_a_running_serve_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("all_ends", [False, True])
-@pytest.mark.parametrize("shared", [None, "table"])
-def test_a_run_that_fails_leaves_no_engine_on_a_joined_cluster(all_ends, shared, apps, monkeypatch):
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_run_that_fails_leaves_no_engine_on_a_joined_cluster(all_ends, kept, apps, monkeypatch):
     @contextmanager
     def session(*_):
         yield all_ends
@@ -86,17 +86,17 @@ def test_a_run_that_fails_leaves_no_engine_on_a_joined_cluster(all_ends, shared,
     monkeypatch.setattr(runs, "watched_board", session)
     monkeypatch.setattr("pipeline.resampler.start_resampler", lambda *_: "resampler")
     monkeypatch.setattr("ray.kill", killed.append)
-    ours = config("/runs/ours", engines={"pool": shared})
-    engines = f"{pool_name(ours)}-1234-bfloat16"
-    apps.update(dict.fromkeys([engines, pool(OTHER)]))
-    with pytest.raises(KeyboardInterrupt), runs._data_plane(None, ours):
+    apps.update(dict.fromkeys([pool(OURS), pool(OTHER)]))
+    with pytest.raises(KeyboardInterrupt), runs._data_plane(None, OURS, kept):
         raise KeyboardInterrupt
     assert killed == [] if all_ends else ["resampler"]
-    stays = all_ends or shared is not None  # with the cluster, or for who shares it
-    assert (engines in apps) == stays
+    stays = all_ends or kept  # with the cluster, or for who shares it
+    assert (pool(OURS) in apps) == stays
     assert pool(OTHER) in apps
 
 
 def test_runs_that_name_a_pool_share_its_engines():
     one, other = (config(f"/runs/{n}", engines={"pool": "table"}) for n in (1, 2))
+    longer = config("/runs/3", engines={"pool": "table-2"})
+    assert not pool_name(longer).startswith(pool_name(one))
     assert pool_name(one) == pool_name(other) != pool_name(OURS) != pool_name(OTHER)

@@ -60,7 +60,7 @@ def finish(cell, accuracies, answers=("1", "2"), **more):
             for n, answer in enumerate(answers if name != "teacher_test" else ("1", "3"))
         ]
         storage.write_table(answers_table(found), answers_file(run.evaluation(name)))
-    storage.write_text(run.root / "report.html", "done")
+    storage.write_text(run.finished_file, "{}")
 
 
 def test_cells_are_every_arm_task_and_seed_with_the_options_of_each(spec):
@@ -142,6 +142,57 @@ def test_csv_has_a_line_for_each_figure(spec):
     assert (float(found["mean"]), float(found["published"])) == (51.0, 40.72)
 
 
+def test_a_mean_needs_every_task(spec):
+    _, cells = load_table(spec)
+    ours = [cell for cell in cells if cell.arm == "zero_shot_cot"]
+    for cell in ours:
+        if cell.task == "GSM8K":
+            finish(cell, {"base_test": 0.4, "teacher_test": 0.9})
+    assert set(measured(ours, "zero_shot_cot", False)) == {"GSM8K"}
+
+
+def test_a_report_alone_does_not_make_a_cell_done(spec):
+    _, cells = load_table(spec)
+    folder = RunFolder(storage.location(cells[0].stages[-1].run.folder)).root
+    storage.write_text(folder / "report.html", "as far as it has come")
+    assert not is_done(cells[0])
+
+
+def test_a_done_cell_of_another_recipe_is_refused(spec):
+    described, cells = load_table(spec)
+    finish(cells[0], {"base_test": 0.4, "teacher_test": 0.9})
+    run = RunFolder(storage.location(cells[0].stages[-1].run.folder))
+    changed = cells[0].stages[-1].model_dump(mode="json")
+    changed["training"]["learning_rate"] = 1e-3
+    storage.write_text(run.config_file, yaml.safe_dump(changed))
+    with pytest.raises(BadInputError, match=r"another recipe: training\.learning_rate"):
+        running.fill_table(described, cells)
+
+
+def test_agreement_needs_the_teacher(spec):
+    raw = yaml.safe_load(spec.read_text())
+    raw["blocks"][0]["options"]["evaluation.teacher"] = False
+    spec.write_text(yaml.safe_dump(raw))
+    with pytest.raises(BadInputError, match="agreement=true compares with the teacher"):
+        load_table(spec)
+
+
+def test_an_arm_is_itself_whatever_the_student_sets(spec):
+    raw = yaml.safe_load(spec.read_text())
+    raw["blocks"][0] |= {"arms": ["ddpo", "rdpo", "dadpo"]}
+    raw["blocks"][0]["options"] |= {
+        "training.reference_weight": 0.3,
+        "training.teacher_weight": 0.2,
+    }
+    spec.write_text(yaml.safe_dump(raw))
+    _, cells = load_table(spec)
+    weights = {
+        c.arm: (c.stages[0].training.reference_weight, c.stages[0].training.teacher_weight)
+        for c in cells
+    }
+    assert weights == {"ddpo": (0.3, 0), "rdpo": (0, 0.2), "dadpo": (0.3, 0.2)}
+
+
 def test_one_seed_has_the_error_of_its_proportion(spec):
     _, cells = fill(spec)
     one = [c for c in cells if (c.arm, c.seed, c.task) == ("diverse_cot_sft", 0, "GSM8K")]
@@ -163,7 +214,7 @@ def test_a_table_goes_on_at_the_cells_that_are_not_done(spec, monkeypatch):
     described, cells = load_table(spec)
     for cell in cells[:5]:
         finish(cell, {"base_test": 0.4, "teacher_test": 0.9})
-    ran = []
+    ran, refused = [], []
 
     def take_cells(spec, all_cells, missing):
         ran.extend(missing)
@@ -173,11 +224,12 @@ def test_a_table_goes_on_at_the_cells_that_are_not_done(spec, monkeypatch):
     class NoRay:
         __enter__ = __exit__ = lambda *_: None
 
-    monkeypatch.setattr(running, "check_stages", lambda *_: None)
+    monkeypatch.setattr(running, "refuse_stages", refused.extend)
     monkeypatch.setattr(running, "ray_session", lambda _: NoRay())
     monkeypatch.setattr(running, "_run_cells", take_cells)
     written = running.fill_table(described, cells)
     assert ran == cells[5:]
+    assert refused == [config for cell in cells[5:] for config in cell.stages], "all, before any"
     assert all(is_done(cell) for cell in cells)
     assert written.read_text().startswith("# Tiny")
     assert json.loads(json.dumps(written.with_suffix(".csv").read_text())).startswith("student,arm")

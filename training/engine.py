@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cluster.config import RunConfig
 from cluster.errors import RunError
 from cluster.sections import Lora, Training
+from pipeline.chat import Chat, check_same_tokenizer, load_chat
 from pipeline.logprobs import ResponseLogProbs
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -34,19 +35,25 @@ def load_student(folder: Path, config: RunConfig) -> Any:
     return model.train()
 
 
-def load_teacher(config: RunConfig, device: Any) -> ResponseLogProbs | None:
-    """The frozen teacher, in its own dtype, where the method compares token by token."""
+def load_teacher(config: RunConfig, student: Chat, device: Any) -> ResponseLogProbs | None:
+    """The frozen teacher, in its own dtype, where the method compares token by token.
+
+    Raises BadInputError where its tokenizer is not the student's.
+    """
     from transformers import AutoModelForCausalLM
 
     from pipeline.models import resolve_model
 
     if not config.training.kl_weight:
         return None
+    folder = resolve_model(config.teacher.model)
+    trusted = config.teacher.trust_remote_code
+    check_same_tokenizer(load_chat(folder, config.teacher.chat_template, trusted), student)
     model = AutoModelForCausalLM.from_pretrained(
-        resolve_model(config.teacher.model),
+        folder,
         dtype=getattr(torch, config.teacher.dtype),
         attn_implementation="sdpa",
-        trust_remote_code=config.teacher.trust_remote_code,
+        trust_remote_code=trusted,
     )
     return ResponseLogProbs(model.eval().requires_grad_(False).to(device))
 

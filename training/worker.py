@@ -86,7 +86,7 @@ class Worker:
         model = load_student(self.base, self.config)
         self.engine = TrainingEngine(model, self.training, workers)
         self.finite = FiniteCheck(model.parameters())
-        self.teacher = load_teacher(self.config, self.engine.deepspeed.device)
+        self.teacher = load_teacher(self.config, self.chat, self.engine.deepspeed.device)
         readers = [model, *([self.teacher.model] if self.teacher else [])]
         self.share_prompts = all(shares_prompts(reader.config) for reader in readers)
         self._resume()

@@ -45,8 +45,8 @@ Row = dict[str, Figure]  # by column
 
 
 def is_done(cell: Cell) -> bool:
-    """Whether a cell's last stage has its report, which is written last."""
-    return (_folder(cell).root / "report.html").exists()
+    """Whether all of a cell's stages are done."""
+    return _folder(cell).finished_file.exists()
 
 
 def measured(cells: Iterable[Cell], arm: str | None, agreement: bool) -> Row:
@@ -57,7 +57,9 @@ def measured(cells: Iterable[Cell], arm: str | None, agreement: bool) -> Row:
     where it has several, their mean, and the agreement with the teacher where asked.
     """
     of_column: dict[str, list[tuple[float, int]]] = {}
-    for cell in filter(is_done, cells):
+    cells = list(cells)
+    done = [cell for cell in cells if is_done(cell)]
+    for cell in done:
         result, answers = _result(cell, arm)
         if result is None:
             continue
@@ -67,7 +69,8 @@ def measured(cells: Iterable[Cell], arm: str | None, agreement: bool) -> Row:
             of_column.setdefault(AGREEMENT, []).append((_agreement(cell, answers), result["n"]))
     row = {column: _join(values) for column, values in of_column.items()}
     tasks = [column for column in row if column != AGREEMENT]
-    if len(tasks) > 1:
+    every_task = {cell.task for cell in done} == {cell.task for cell in cells}
+    if len(tasks) > 1 and every_task:
         row[MEAN] = _mean([row[column] for column in tasks])
     return row
 

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from upath import UPath
 
 from cluster.progress import say
+from cluster.run_folder import check_recipe
 from cluster.session import ray_session
 from cluster.storage import location, write_text
-from evals.runs import check_stages, open_stage, run_stage
+from evals.runs import open_stage, refuse_stages, run_stage
 from evals.tables.figures import is_done
 from evals.tables.layout import as_csv, lines_of, markdown
 from evals.tables.spec import Cell, TableSpec
@@ -19,10 +20,13 @@ def fill_table(spec: TableSpec, cells: Sequence[Cell]) -> UPath:
     Ray, and the engines where cells share a pool, stay up from cell to cell. Raises BadInputError
     for what any cell would refuse, before the first one starts.
     """
+    for cell in cells:
+        for config in cell.stages:
+            check_recipe(config)  # those that are done too: a table is of one recipe
     missing = [cell for cell in cells if not is_done(cell)]
     say(f"{spec.title}: {len(cells) - len(missing)} of {len(cells)} cells are done")
     if missing:
-        check_stages(missing[0].stages)
+        refuse_stages(config for cell in missing for config in cell.stages)
         with ray_session(missing[0].stages[0]):
             _run_cells(spec, cells, missing)
     return _write(spec, cells)
@@ -35,7 +39,7 @@ def _run_cells(spec: TableSpec, cells: Sequence[Cell], missing: Sequence[Cell]) 
         for number, cell in enumerate(missing, start=1):
             say(f"cell {number} of {len(missing)}: {cell.name}")
             for config in cell.stages:
-                run_stage(open_stage(config), config)
+                run_stage(open_stage(config), config, keep_engines=True)
             _write(spec, cells)
     finally:
         release_engines(missing[-1].stages[-1])

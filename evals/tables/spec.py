@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, ValidationError
 
-from cluster.arms import options_of
 from cluster.config import RunConfig
 from cluster.errors import BadInputError
 from cluster.recipes import load_recipe
@@ -89,10 +88,13 @@ def load_table(path: Path) -> tuple[TableSpec, list[Cell]]:
             f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()
         )
         raise BadInputError(f"{path} is no table: {problems}") from None
-    for block in spec.blocks:
-        for arm in block.arms:
-            options_of(arm)
-    return spec, list(_cells(spec, path.parent / spec.recipe))
+    cells = list(_cells(spec, path.parent / spec.recipe))
+    if spec.agreement and not all(cell.stages[-1].evaluation.teacher for cell in cells):
+        raise BadInputError(
+            f"{path}: agreement=true compares with the teacher, which evaluation.teacher=false "
+            "leaves out: change one of the two"
+        )
+    return spec, cells
 
 
 def _cells(spec: TableSpec, recipe: Path) -> Iterator[Cell]:
@@ -103,18 +105,8 @@ def _cells(spec: TableSpec, recipe: Path) -> Iterator[Cell]:
                     place = "/".join([_slug(block.student), arm, _slug(task), f"seed_{seed}"])
                     options = block.options | of_task | {"run.seed": seed}
                     options["run.folder"] = f"{spec.folder.rstrip('/')}/{place}"
-                    overrides = [f"{key}={yaml_value(value)}" for key, value in options.items()]
-                    stages = tuple(load_recipe(recipe, overrides, arm))
+                    stages = tuple(load_recipe(recipe, arm=arm, options=options))
                     yield Cell(block.student, arm, task, seed, stages)
-
-
-def yaml_value(value: Any) -> str:
-    """A value as an override writes it, on one line."""
-    return (
-        yaml.safe_dump(value, default_flow_style=True, width=float("inf"))
-        .removesuffix("...\n")
-        .strip()
-    )
 
 
 def _slug(name: str) -> str:
