@@ -135,7 +135,7 @@ def test_a_prompt_too_long_is_a_row_with_its_error(config, tiny_llama, prompts, 
 def test_the_resampler_goes_on_from_files_alone(config, monkeypatch):
     # A tiny random model is never right, so the verdicts are set by hand here.
     monkeypatch.setattr(
-        "pipeline.grading.grade", lambda text, *_: "right" if len(text) % 2 else "wrong"
+        "pipeline.verdicts.exact.grade", lambda text, *_: "right" if len(text) % 2 else "wrong"
     )
     run = open_run(config)
     counts = MixedPolicyResampler(run, config).prepare_epoch(1)
