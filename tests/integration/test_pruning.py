@@ -88,7 +88,7 @@ def test_the_screen_shows_what_was_pruned_and_nothing_else(tiny_of, tmp_path):
 )
 def test_a_mistake_is_one_line_and_exit_code_2(ratio, message, tiny_of, tmp_path):
     finished = prune(tiny_of("llama"), ratio, tmp_path / "out", tmp_path / "cache")
-    assert (finished.returncode, finished.stderr) == (2, "")
-    assert finished.stdout.startswith(message)
-    assert finished.stdout.count("\n") == 1
+    assert (finished.returncode, finished.stdout) == (2, "")
+    assert finished.stderr.startswith(message)
+    assert finished.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
