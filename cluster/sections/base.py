@@ -1,0 +1,24 @@
+"""What sections are made of.
+
+A field is part of the *recipe* (it shapes the result, and may not change within a run) unless its
+type is marked `Execution` (where and how fast the same result is made).
+"""
+
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+T = TypeVar("T")
+EXECUTION = "execution"
+Execution = Annotated[T, EXECUTION]
+
+Share = Annotated[float, Field(ge=0, le=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+
+class Section(BaseModel):
+    """A group of options: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)

@@ -1,0 +1,37 @@
+"""Where a run lies, and the cluster that it works on."""
+
+from typing import Literal
+
+from pydantic import PositiveInt
+
+from cluster.sections.base import (
+    Execution,
+    NonNegativeFloat,
+    Section,
+)
+
+
+class Run(Section):
+    """The run itself."""
+
+    folder: Execution[str]
+    """Where this run keeps its files: a path, or a URL such as s3://bucket/run."""
+    store: Execution[str] = "store"
+    """Where samples are kept for every run to reuse: a path or a URL."""
+    seed: int = 0
+    """Seeds sampling, the drawing of pairs, and their order."""
+
+
+class Cluster(Section):
+    """The Ray cluster that the run works on."""
+
+    address: Execution[str | None] = None
+    """The Ray cluster: null starts one on this machine, "auto" joins the one around a job."""
+    accelerator: Execution[Literal["auto", "cpu", "gpu"]] = "auto"
+    """What models run on; auto takes GPUs where a node with one is up, so say gpu where nodes start
+    on demand."""
+    gpu_hour_price: Execution[NonNegativeFloat | None] = None
+    """What an hour of one GPU costs, in any currency; a table's plan then tells its cost."""
+    logical_cpus: Execution[PositiveInt | None] = None
+    """Logical CPUs of the cluster that `address: null` starts; null makes room for
+    engines, workers and served models, and means at least eight."""
