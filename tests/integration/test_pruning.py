@@ -35,7 +35,8 @@ def vllm_logprobs(folder, prompt, response, out):
     program = Path(__file__).with_name("vllm_scores.py")
     request = json.dumps({"prompt": prompt, "response": response})
     command = [sys.executable, str(program), str(folder), request, str(out)]
-    subprocess.run(command, capture_output=True, timeout=300, check=True)
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
     return torch.tensor(json.loads(out.read_text()))
 
 
