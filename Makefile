@@ -1,11 +1,12 @@
 # Everything that a person types here. Each target sets up what it needs.
-.PHONY: help quickstart cross-family test units integration check format lock clean
+.PHONY: help quickstart cross-family miniature test units integration check format lock clean
 INTEGRATION ?= $(wildcard tests/integration/test_*.py)
 export PYTHON
 
 help:
 	@echo "make quickstart    install, then distil a small model on this machine (CPU)"
 	@echo "make cross-family  the same into a model of another family (Gemma licence)"
+	@echo "make miniature     every arm of both papers on tiny models, three seeds (hours on a CPU)"
 	@echo "make test          every test that needs no GPU: units, then integration"
 	@echo "make check         ruff and mypy"
 	@echo "make format        let ruff rewrite the code"
@@ -26,6 +27,12 @@ cross-family: .venv/cpu.installed .venv/gemma.installed
 	@.venv/bin/potstill models prepare smollm2-135m-instruct
 	@.venv/bin/potstill models prepare gemma-3-270m
 	@.venv/bin/potstill run configs/cross_family.yaml
+
+miniature: .venv/cpu.installed
+	@for model in teacher llama qwen2 pruned; do \
+	    .venv/bin/potstill models prepare miniature-$$model || exit $$?; \
+	done
+	@.venv/bin/potstill table configs/tables/miniature.yaml
 
 test: units integration
 

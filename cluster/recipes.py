@@ -103,13 +103,13 @@ def _chain(raw: dict[str, Any], stages: dict[str, Any], source: str) -> list[Run
                     "to go on with: raise it, or leave that stage out"
                 )
             merged["base_student"] = _section(raw, "student")
-            merged["student"] = {**_section(merged, "student"), **_trained(configs[-1])}
+            merged["student"] = {**_section(merged, "student"), **student_of(configs[-1])}
         configs.append(parse_config(merged, f"{source}, stage {name}"))
     return configs
 
 
-def _trained(stage: RunConfig) -> dict[str, Any]:
-    """The student of a stage, once it has run: its checkpoints have their chat template inside."""
+def student_of(stage: RunConfig) -> dict[str, Any]:
+    """Where a stage's student lies, once it has run: its checkpoints have their chat template."""
     folder = RunFolder(location(stage.run.folder))
     return {"model": str(folder.checkpoint(stage.training.epochs)), "chat_template": None}
 

@@ -27,6 +27,9 @@ _ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
+# Also read on a cluster of our own, which has no dashboard: at the end of each training Ray Train
+# asks that, and waits twelve seconds for an answer unless the address refuses at once.
+NO_DASHBOARD = {"RAY_ADDRESS": "http://127.0.0.1:1"}
 _LEAST_LOGICAL_CPUS = 8
 # Served models take a share of a CPU: they are many, idle in turn, and share the cores anyhow.
 CPUS_PER_SERVED_MODEL = 0.2
@@ -61,20 +64,22 @@ def _start(config: RunConfig) -> None:
     import ray
 
     address = _address(config)
-    runtime_env = {
-        "env_vars": {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-    }
+    environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
     try:
         if address:
             say(f"joining Ray at {address}")
-            ray.init(address=address, runtime_env=runtime_env, logging_level=logging.ERROR)
+            ray.init(
+                address=address,
+                runtime_env={"env_vars": environment},
+                logging_level=logging.ERROR,
+            )
         else:
             say("starting Ray on this machine")
             ray.init(
                 address="local",  # without it Ray joins a cluster that happens to run here
                 num_cpus=logical_cpus(config),
                 include_dashboard=False,
-                runtime_env=runtime_env,
+                runtime_env={"env_vars": environment | NO_DASHBOARD},
                 logging_level=logging.ERROR,
             )
     except ConnectionError as error:

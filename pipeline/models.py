@@ -12,9 +12,11 @@ from cluster import storage
 from cluster.errors import BadInputError, RunError
 from cluster.progress import say
 from pipeline.packaged import PACKAGED_MODELS, prepare_model
+from pipeline.prepared import prepared_folder
 
 __all__ = ["model_digest", "prepare_model", "resolve_exact", "resolve_model"]
 
+_NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.tiktoken")
 # What decides a model's answers; each is part of its digest.
@@ -32,8 +34,9 @@ _MODEL_FILES = (
 def resolve_model(reference: str, cache: Path | None = None) -> Path:
     """The local folder of a model, brought near where it is not.
 
-    `reference` is a packaged model's name (prepared now if it is not yet), a folder, the URL of
-    one, or a Hugging Face id. Copies go below `cache` (default: storage.cache_folder), those of
+    `reference` is a packaged model's name (prepared now if it is not yet), the name of another one
+    that was prepared here, a folder, the URL of one, or a Hugging Face id. Copies go below `cache`
+    (default: storage.cache_folder), those of
     the hub into its own cache. Raises BadInputError where there is no usable model.
     """
     cache = cache or storage.cache_folder()
@@ -42,6 +45,8 @@ def resolve_model(reference: str, cache: Path | None = None) -> Path:
     folder = Path(reference).expanduser()
     if folder.is_dir():
         folder = folder.absolute()
+    elif _NAME.fullmatch(reference) and prepared_folder(reference, cache).is_dir():
+        folder = prepared_folder(reference, cache)
     elif "://" in reference:
         folder = _download(reference, cache / "downloads")
     elif _HUB_ID.fullmatch(reference):
@@ -49,7 +54,8 @@ def resolve_model(reference: str, cache: Path | None = None) -> Path:
     else:
         raise BadInputError(
             f"no model {reference!r}: expected a folder that exists, a URL, a Hugging Face id such "
-            f"as org/name, or one of {', '.join(PACKAGED_MODELS)}"
+            f"as org/name, one of {', '.join(PACKAGED_MODELS)}, or a name that `potstill models "
+            "prepare` was given before"
         )
     _check_folder(folder, reference)
     return folder

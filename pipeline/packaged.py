@@ -3,8 +3,6 @@
 The packages carry quantised GGUF files; transformers dequantises them to bfloat16.
 """
 
-import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -13,13 +11,9 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
-from cluster import storage
 from cluster.errors import BadInputError
 from cluster.progress import say
-
-_NOTE = "README.md"  # says what the folder was made from; another note means: make it anew
+from pipeline.prepared import prepare_folder
 
 
 @dataclass(frozen=True)
@@ -82,34 +76,24 @@ PACKAGED_MODELS = {
 def prepare_model(name: str, out: Path | None = None, cache: Path | None = None) -> Path:
     """Dequantise a packaged model into the folder `out`, and return that folder.
 
-    Without `out` it goes to `cache` (default: storage.cache_folder), where an outdated one is
-    replaced. A folder that is ready is left as it is. Raises BadInputError for an unknown name, a
-    package that is not installed, and an `out` that holds something else.
+    Without `out` it goes to `cache` (default: storage.cache_folder). A folder that is ready is left
+    as it is. Raises BadInputError for an unknown name, a package that is not installed, and an
+    `out` that holds something else.
     """
     if name not in PACKAGED_MODELS:
         raise BadInputError(
             f"{name!r} is not a packaged model: expected one of {', '.join(PACKAGED_MODELS)}"
         )
     model = PACKAGED_MODELS[name]
-    target = (out or (cache or storage.cache_folder()) / "models" / name).absolute()
-    if _is_ready(target, model):
-        return target
-    _check_installed(name, model)
-    if out is not None and target.exists() and any(target.iterdir()):
-        raise BadInputError(
-            f"{target} holds something other than {name}: give an empty or a new folder"
-        )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_name(f".{target.name}.lock")):
-        if not _is_ready(target, model):
-            _prepare(name, model, target)
-    return target
 
+    def make(folder: Path, scratch: Path) -> None:
+        _check_installed(name, model)
+        say(f"Preparing {name} from the package {model.package} {model.version}, once")
+        say(f"  licence: {model.licence}")
+        with _quiet():
+            _dequantise(model, model.gguf_file(scratch), folder)
 
-def _is_ready(folder: Path, model: PackagedModel) -> bool:
-    note = folder / _NOTE
-    published = storage.is_published(storage.location(str(folder)))
-    return published and note.is_file() and note.read_text() == model.note
+    return prepare_folder(name, model.note, make, out, cache)
 
 
 def _check_installed(name: str, model: PackagedModel) -> None:
@@ -122,25 +106,6 @@ def _check_installed(name: str, model: PackagedModel) -> None:
             f"{name} is made from the package {model.package} {model.version}, found {found}: "
             f"run {model.install}"
         )
-
-
-def _prepare(name: str, model: PackagedModel, target: Path) -> None:
-    say(f"Preparing {name} from the package {model.package} {model.version}, once")
-    say(f"  licence: {model.licence}")
-    began = time.monotonic()
-    place = storage.location(str(target))
-    staging = storage.staging_folder(place)
-    scratch = storage.staging_folder(place)
-    try:
-        with _quiet():
-            _dequantise(model, model.gguf_file(scratch), staging)
-        (staging / _NOTE).write_text(model.note)
-        storage.discard_folder(place)
-        storage.publish_folder(staging, place)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        shutil.rmtree(scratch, ignore_errors=True)
-    say(f"  ready in {time.monotonic() - began:.0f} s: {target}")
 
 
 def _dequantise(model: PackagedModel, gguf_file: Path, out: Path) -> None:
@@ -166,8 +131,6 @@ def _dequantise(model: PackagedModel, gguf_file: Path, out: Path) -> None:
         tokenizer.add_bos_token = True
         tokenizer.update_post_processor()
     tokenizer.save_pretrained(out)
-    for file in out.iterdir():
-        file.chmod(0o644)  # weights are saved for their owner alone
 
 
 def _end_ids(tokenizer: Any, model: PackagedModel) -> list[int]:

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from cluster import storage
+from cluster.config import RunConfig
 from cluster.run_folder import RunFolder
 from evals.stage import answers_file
 from evals.statistics import mean_and_standard_error, proportion_standard_error
@@ -46,7 +47,12 @@ Row = dict[str, Figure]  # by column
 
 def is_done(cell: Cell) -> bool:
     """Whether all of a cell's stages are done."""
-    return _folder(cell).finished_file.exists()
+    return is_finished(cell.stages[-1])
+
+
+def is_finished(stage: RunConfig) -> bool:
+    """Whether a stage's run has come to its end."""
+    return _run_of(stage).finished_file.exists()
 
 
 def measured(cells: Iterable[Cell], arm: str | None, agreement: bool) -> Row:
@@ -75,12 +81,13 @@ def measured(cells: Iterable[Cell], arm: str | None, agreement: bool) -> Row:
     return row
 
 
-def _folder(cell: Cell) -> RunFolder:
-    return RunFolder(storage.location(cell.stages[-1].run.folder))
+def _run_of(stage: RunConfig) -> RunFolder:
+    return RunFolder(storage.location(stage.run.folder))
 
 
 def _result(cell: Cell, arm: str | None) -> tuple[dict[str, Any] | None, str]:
-    run, config = _folder(cell), cell.stages[-1]
+    config = cell.stages[-1]
+    run = _run_of(config)
     epoch = best_epoch(run, published_epochs(run, config))
     trained = student_id(epoch) if epoch else BASE
     model = TEACHER if arm is None else BASE if arm == ZERO_SHOT else trained
@@ -95,7 +102,7 @@ def _columns(cell: Cell, result: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _agreement(cell: Cell, name: str) -> float:
     """The share of test prompts on which a student's answer is the teacher's, both parsed."""
-    run = _folder(cell)
+    run = _run_of(cell.stages[-1])
     ours, teachers = (_answers(run, given) for given in (name, evaluation_name(TEACHER, "test")))
     same = [ours.get(key) == answer for key, answer in teachers.items() if answer is not None]
     return sum(same) / max(1, len(teachers))

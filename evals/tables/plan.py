@@ -55,7 +55,7 @@ def describe_table(spec: TableSpec, cells: Sequence[Cell]) -> Table:
     for block in spec.blocks:
         ours = [cell for cell in cells if cell.student == block.student]
         low, high = _students(ours, _SHORT), _students(ours, _LONG)
-        steps = sum(_steps(config) for cell in ours for config in cell.stages)
+        steps = sum(_steps(config) for _, config in _distinct_stages(ours))
         table.add_row(block.student, str(len(ours)), f"{steps:,}", _span(low, high))
         least, most = least + low, most + high
     table.add_row("all", str(len(cells)), "", _span(least, most))
@@ -79,16 +79,21 @@ def _teachers(cells: Iterable[Cell], share: float) -> Work:
 def _students(cells: Iterable[Cell], share: float) -> Work:
     """Negatives, training and evaluation of cells; the base student's traces once a task."""
     total, sampled = Work(), set()
-    for cell in cells:
-        for config in cell.stages:
-            of_base = (cell.task, cell.seed)
-            if config.contrasts and config.training.epochs and of_base not in sampled:
-                sampled.add(of_base)
-                total += _sampled(config, config.student, share)
-            for _ in range(_refreshes(config)):
-                total += _sampled(config, config.student, share)
-            total += _trained(config, share) + _evaluated(config, share)
+    for cell, config in _distinct_stages(cells):
+        of_base = (cell.task, cell.seed)
+        if config.contrasts and config.training.epochs and of_base not in sampled:
+            sampled.add(of_base)
+            total += _sampled(config, config.student, share)
+        for _ in range(_refreshes(config)):
+            total += _sampled(config, config.student, share)
+        total += _trained(config, share) + _evaluated(config, share)
     return total
+
+
+def _distinct_stages(cells: Iterable[Cell]) -> list[tuple[Cell, RunConfig]]:
+    """The stages of all cells, each that several share once."""
+    found = {config.run.folder: (cell, config) for cell in cells for config in cell.stages}
+    return list(found.values())
 
 
 def _refreshes(config: RunConfig) -> int:

@@ -9,7 +9,7 @@ from cluster.run_folder import check_recipe
 from cluster.session import ray_session
 from cluster.storage import location, write_text
 from evals.runs import open_stage, refuse_stages, run_stage
-from evals.tables.figures import is_done
+from evals.tables.figures import is_done, is_finished
 from evals.tables.layout import as_csv, lines_of, markdown
 from evals.tables.spec import Cell, TableSpec
 
@@ -39,7 +39,8 @@ def _run_cells(spec: TableSpec, cells: Sequence[Cell], missing: Sequence[Cell]) 
         for number, cell in enumerate(missing, start=1):
             say(f"cell {number} of {len(missing)}: {cell.name}")
             for config in cell.stages:
-                run_stage(open_stage(config), config, keep_engines=True)
+                if not is_finished(config):  # as a part of another cell
+                    run_stage(open_stage(config), config, keep_engines=True)
             _write(spec, cells)
     finally:
         release_engines(missing[-1].stages[-1])

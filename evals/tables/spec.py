@@ -1,7 +1,8 @@
 """What a table is made of: `configs/tables/NAME.yaml`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,7 @@ from pydantic import Field, ValidationError
 
 from cluster.config import RunConfig
 from cluster.errors import BadInputError
-from cluster.recipes import load_recipe
+from cluster.recipes import load_recipe, student_of
 from cluster.sections import Section
 
 Options = dict[str, Any]  # dotted option -> value, over the recipe
@@ -22,6 +23,8 @@ class Block(Section):
 
     student: str
     """Its name in the table."""
+    recipe: str | None = None
+    """The recipe of its cells, where it is not the table's."""
     options: Options = Field(default_factory=dict)
     """What its runs change in the recipe, such as student.model."""
     arms: tuple[str, ...]
@@ -88,7 +91,7 @@ def load_table(path: Path) -> tuple[TableSpec, list[Cell]]:
             f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()
         )
         raise BadInputError(f"{path} is no table: {problems}") from None
-    cells = list(_cells(spec, path.parent / spec.recipe))
+    cells = list(_cells(spec, path.parent))
     if spec.agreement and not all(cell.stages[-1].evaluation.teacher for cell in cells):
         raise BadInputError(
             f"{path}: agreement=true compares with the teacher, which evaluation.teacher=false "
@@ -97,16 +100,34 @@ def load_table(path: Path) -> tuple[TableSpec, list[Cell]]:
     return spec, cells
 
 
-def _cells(spec: TableSpec, recipe: Path) -> Iterator[Cell]:
-    for block in spec.blocks:
-        for seed in spec.seeds:
-            for task, of_task in spec.tasks.items():
-                for arm in block.arms:
-                    place = "/".join([_slug(block.student), arm, _slug(task), f"seed_{seed}"])
-                    options = block.options | of_task | {"run.seed": seed}
-                    options["run.folder"] = f"{spec.folder.rstrip('/')}/{place}"
-                    stages = tuple(load_recipe(recipe, arm=arm, options=options))
-                    yield Cell(block.student, arm, task, seed, stages)
+def _cells(spec: TableSpec, place: Path) -> Iterator[Cell]:
+    """Seed by seed, so that a table that is half done has whole columns."""
+    known: dict[str, str] = {}
+    for seed, block, (task, of_task) in product(spec.seeds, spec.blocks, spec.tasks.items()):
+        recipe = place / (block.recipe or spec.recipe)
+        for arm in block.arms:
+            name = "/".join([_slug(block.student), arm, _slug(task), f"seed_{seed}"])
+            options = block.options | of_task | {"run.seed": seed}
+            options["run.folder"] = f"{spec.folder.rstrip('/')}/{name}"
+            stages = load_recipe(recipe, arm=arm, options=options)
+            yield Cell(block.student, arm, task, seed, tuple(_share(stages, known)))
+
+
+def _share(stages: Iterable[RunConfig], known: dict[str, str]) -> Iterator[RunConfig]:
+    """The stages, each that an earlier cell has too in the folder that it has there: it runs once.
+
+    `known` maps what a stage is to its folder.
+    """
+    before: RunConfig | None = None
+    for stage in stages:
+        if before:
+            student = stage.student.model_copy(update=student_of(before))
+            stage = stage.model_copy(update={"student": student})
+        run = stage.run.model_copy(update={"folder": ""})
+        what = stage.model_copy(update={"run": run}).model_dump_json()
+        run = run.model_copy(update={"folder": known.setdefault(what, stage.run.folder)})
+        before = stage.model_copy(update={"run": run})
+        yield before
 
 
 def _slug(name: str) -> str:

@@ -1,0 +1,66 @@
+"""Folders of models that are made on this machine, once, and anew when their recipe has changed."""
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+
+from cluster import storage
+from cluster.errors import BadInputError
+from cluster.progress import say
+
+_NOTE = "README.md"  # says what the folder was made from; another note means: make it anew
+
+
+def prepared_folder(name: str, cache: Path | None = None) -> Path:
+    """Where the model of this name lies once it is prepared, below the cache."""
+    return ((cache or storage.cache_folder()) / "models" / name).absolute()
+
+
+def prepare_folder(
+    name: str, note: str, make: Callable[[Path, Path], None], out: Path | None, cache: Path | None
+) -> Path:
+    """Let `make` write a model into a folder, and publish it whole with `note`, its model card.
+
+    It gets that folder and one for scratch. Without `out` the result lies in the cache, where one
+    with another note is replaced. A folder that is ready is left as it is. Raises BadInputError for
+    an `out` that holds something else.
+    """
+    target = out.absolute() if out else prepared_folder(name, cache)
+    if _is_ready(target, note):
+        return target
+    if out is not None and target.exists() and any(target.iterdir()):
+        raise BadInputError(
+            f"{target} holds something other than {name}: give an empty or a new folder"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name(f".{target.name}.lock")):
+        if not _is_ready(target, note):
+            _prepare(target, note, make)
+    return target
+
+
+def _is_ready(folder: Path, note: str) -> bool:
+    written = folder / _NOTE
+    published = storage.is_published(storage.location(str(folder)))
+    return published and written.is_file() and written.read_text() == note
+
+
+def _prepare(target: Path, note: str, make: Callable[[Path, Path], None]) -> None:
+    began = time.monotonic()
+    place = storage.location(str(target))
+    staging = storage.staging_folder(place)
+    scratch = storage.staging_folder(place)
+    try:
+        make(staging, scratch)
+        (staging / _NOTE).write_text(note)
+        for file in staging.iterdir():
+            file.chmod(0o644)  # weights are saved for their owner alone
+        storage.discard_folder(place)
+        storage.publish_folder(staging, place)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+    say(f"  ready in {time.monotonic() - began:.0f} s: {target}")
