@@ -274,3 +274,31 @@ def test_a_table_of_unknown_size_is_refused(spec):
     spec.write_text(yaml.safe_dump(raw))
     with pytest.raises(BadInputError, match="how many prompts chat has is not known"):
         describe_table(*load_table(spec))
+
+
+STAGED = RECIPE | {
+    "stages": {
+        "dsft": {"training": {"method": "sft", "epochs": 1}},
+        "preference": {"training": {"method": "dadpo", "epochs": 1}},
+    }
+}
+
+
+def test_cells_share_the_stages_that_are_the_same(spec):
+    raw = yaml.safe_load(spec.read_text())
+    (spec.parent / "staged.yaml").write_text(yaml.safe_dump(STAGED, sort_keys=False))
+    arms = ["dsft", "ddpo", "dadpo"]
+    raw["blocks"].append({"student": "Staged", "recipe": "staged.yaml", "arms": arms})
+    spec.write_text(yaml.safe_dump(raw, sort_keys=False))
+    _, cells = load_table(spec)
+    staged = [cell for cell in cells if (cell.student, cell.task) == ("Staged", "GSM8K")]
+    assert [cell.seed for cell in staged] == [0, 0, 0, 1, 1, 1], "a seed is whole before the next"
+    for first in (0, 3):
+        dsft, ddpo, dadpo = (cell.stages for cell in staged[first : first + 3])
+        assert len(dsft) == 1
+        assert dsft[0] == ddpo[0] == dadpo[0]
+        trained = str(RunFolder(storage.location(dsft[0].run.folder)).checkpoint(1))
+        assert {ddpo[1].student.model, dadpo[1].student.model} == {trained}
+        assert ddpo[1].run.folder != dadpo[1].run.folder
+        assert ddpo[1].base_student == dsft[0].student
+    assert staged[0].stages[0].run.folder != staged[3].stages[0].run.folder, "another seed"
