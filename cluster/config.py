@@ -197,6 +197,8 @@ def _describe(error: ValidationError) -> str:
             lines.append(
                 f"{where}.{problem['ctx']['discriminator'].strip(chr(39))} is missing: set it"
             )
+        elif problem["type"] == "value_error" and isinstance(problem["input"], str):
+            lines.append(f"{where}={problem['input']!r} {problem['ctx']['error']}")
         elif problem["type"] == "value_error":
             lines.append(str(problem["ctx"]["error"]))
         else:

@@ -84,14 +84,14 @@ def conversation(
 def load_chat(
     model_folder: Path, chat_template: str | None = None, trust_remote_code: bool = False
 ) -> Chat:
-    """The chat of a model folder; `chat_template` (text or path) comes before the tokenizer's own.
+    """The chat of a model folder; `chat_template`, a Jinja text, comes before the tokenizer's own.
 
     Raises BadInputError where there is no template at all.
     """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder, trust_remote_code=trust_remote_code)
-    template = read_template(chat_template) or tokenizer.chat_template
+    template = chat_template or tokenizer.chat_template
     if not template:
         raise BadInputError(
             f"{model_folder} has no chat template: set chat_template in its section, to the path "
@@ -106,18 +106,6 @@ def plain_ids(model_folder: Path, texts: Sequence[str]) -> list[list[int]]:
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     return [tokenizer(text)["input_ids"] for text in texts]
-
-
-def read_template(chat_template: str | None) -> str | None:
-    """The text of a template that is given as text or as the path of a file."""
-    if chat_template is None or "{" in chat_template:
-        return chat_template
-    path = Path(chat_template)
-    if not path.is_file():
-        raise BadInputError(
-            f"chat_template={chat_template!r} is neither a Jinja text nor a file that exists"
-        )
-    return path.read_text(encoding="utf-8")
 
 
 def check_chat(chat: Chat, prompt_ids: Sequence[int]) -> None:

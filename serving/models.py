@@ -7,7 +7,7 @@ from cluster import storage
 from cluster.config import RunConfig
 from cluster.run_folder import RunFolder
 from cluster.sections import Model
-from pipeline.chat import load_chat, read_template
+from pipeline.chat import load_chat
 from serving.routes import Route
 
 BASE, TEACHER, STUDENT = "base", "teacher", "student"
@@ -148,7 +148,7 @@ def model_of_section(model_id: str, section: Model) -> ServedModel:
         reference=section.model,
         digest=model_digest(folder),
         dtype=section.dtype,
-        chat_template=read_template(section.chat_template),
+        chat_template=section.chat_template,
         trust_remote_code=section.trust_remote_code,
         stop=section.stop,
         stop_token_ids=(chat.end_of_turn_id,),

@@ -7,7 +7,7 @@ from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
 from cluster.errors import BadInputError
-from pipeline.chat import Chat, check_chat, check_same_tokenizer, load_chat, read_template
+from pipeline.chat import Chat, check_chat, check_same_tokenizer, load_chat
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
@@ -64,15 +64,6 @@ def test_a_doubled_bos_is_refused(tokenizer):
     chat = Chat(tokenizer, "{{ bos_token }}" + TEMPLATE)
     with pytest.raises(BadInputError, match="writes BOS twice"):
         check_chat(chat, chat.prompt_ids("hi"))
-
-
-def test_a_template_may_be_text_or_a_file(tmp_path):
-    path = tmp_path / "chat.jinja"
-    path.write_text(TEMPLATE)
-    assert read_template(str(path)) == read_template(TEMPLATE) == TEMPLATE
-    assert read_template(None) is None
-    with pytest.raises(BadInputError, match="neither a Jinja text nor a file"):
-        read_template("nowhere.jinja")
 
 
 def test_models_are_compared_by_token_only_with_one_tokenizer(tiny_llama, tmp_path):

@@ -8,7 +8,7 @@ import yaml
 from cluster.arms import arms
 from cluster.config import recipe_of
 from cluster.errors import BadInputError
-from cluster.recipes import load_config
+from cluster.recipes import load_config, load_recipe
 
 MINIMAL = {
     "run": {"folder": "runs/x"},
@@ -28,7 +28,20 @@ def config_file(tmp_path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_every_shipped_recipe_is_valid(path):
-    load_config(path)
+    load_recipe(path)
+
+
+def test_a_template_is_read_once_and_its_text_kept(config_file, tmp_path):
+    template = tmp_path / "chat.jinja"
+    template.write_text("{{ messages }}")
+    for given in (template, "{{ messages }}"):
+        config = load_config(config_file, [f"student.chat_template='{given}'"])
+        assert config.student.chat_template == "{{ messages }}"
+    with pytest.raises(
+        BadInputError,
+        match=r"student\.chat_template='no\.jinja' is neither a Jinja text nor a file that exists",
+    ):
+        load_config(config_file, ["student.chat_template=no.jinja"])
 
 
 def test_there_are_shipped_recipes():
@@ -47,7 +60,7 @@ def test_the_papers_values_are_the_defaults(config_file):
 @pytest.mark.parametrize("arm", arms())
 def test_every_arm_is_valid_over_every_recipe(arm):
     for path in RECIPES:
-        load_config(path, arm=arm)
+        load_recipe(path, arm=arm)
 
 
 def test_an_arm_is_its_options_and_yields_to_overrides(config_file):

@@ -212,7 +212,6 @@ def test_a_judge_out_of_reach_is_refused(free_port):
         ("Is {{ answer right?", "cannot be rendered"),
         ("Is {{ reply }} right?", "cannot be rendered .'reply' is undefined.*question, gold and"),
         ("{{ question }}", "does not show the answer: add {{ answer }}"),
-        ("no/such/file.jinja", "neither a Jinja text nor a file that exists"),
     ],
 )
 def test_a_template_that_cannot_be_used(judge, template, message):
@@ -224,5 +223,7 @@ def test_a_template_that_cannot_be_used(judge, template, message):
 def test_a_template_may_be_a_file(judge, store, tmp_path):
     file = tmp_path / "mine.jinja"
     file.write_text("Is {{ answer }} the answer to {{ question }}?")
-    judge_grader(judge.section(template=str(file)), store)([(FREE, "Roses")])
+    section = judge.section(template=str(file))
+    file.unlink()  # its text is in the section
+    judge_grader(section, store)([(FREE, "Roses")])
     assert judge.messages == ["Is Roses the answer to Write a poem.?"]

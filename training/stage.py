@@ -46,6 +46,7 @@ def _fit(run: RunFolder, config: RunConfig, resampler: Any, board: Any) -> None:
     from training.worker import Assignment, train_worker
 
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _WORKER_START_TIMEOUT_S)
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths mean the same in every process
     training, on_gpu = config.training, uses_gpu(config)
     say(f"training: starting {training.workers} worker(s)")
     scaling = ray.train.ScalingConfig(

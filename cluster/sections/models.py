@@ -10,6 +10,7 @@ from cluster.sections.base import (
     Execution,
     NonNegativeFloat,
     Section,
+    Template,
 )
 
 
@@ -28,8 +29,9 @@ class Model(Section):
     model: str
     """A model folder, its URL, a Hugging Face id, or a name that `potstill models` prepares; of a
     teacher with an `endpoint` the id that it has there."""
-    chat_template: str | None = None
-    """A Jinja chat template, as text or as the path of a file; null takes the tokenizer's own."""
+    chat_template: Template | None = None
+    """A Jinja chat template, as text or as the path of a file, whose text the run keeps; null takes
+    the tokenizer's own."""
     dtype: Dtype = "bfloat16"
     """The dtype in which the model samples."""
     parameters: Execution[PositiveInt | None] = None

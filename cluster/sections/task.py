@@ -7,6 +7,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from cluster.sections.base import (
     Execution,
     Section,
+    Template,
 )
 
 
@@ -45,7 +46,7 @@ class JudgeVerdict(Section):
     """The model to ask for there."""
     api_key_env: Execution[str] = "OPENAI_API_KEY"
     """The environment variable that holds the key; an endpoint without keys needs none."""
-    template: str | None = None
+    template: Template | None = None
     """A Jinja text, or the path of one, with question, gold (none or a reference) and answer, that
     asks for "Verdict: right" or "Verdict: wrong"; null takes Potstill's own."""
     max_new_tokens: PositiveInt = 1024

@@ -6,7 +6,6 @@ killed asks nothing twice.
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from cluster.errors import BadInputError
@@ -100,7 +99,7 @@ def _compile(section: JudgeVerdict) -> Any:
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    text = TEMPLATE if section.template is None else _read(section.template)
+    text = TEMPLATE if section.template is None else section.template
     try:
         template = environment.from_string(text)
         shown = _render(template, _CHECK, "It is 2.")
@@ -112,16 +111,6 @@ def _compile(section: JudgeVerdict) -> Any:
     if "It is 2." not in shown:
         raise BadInputError("task.verdict.template does not show the answer: add {{ answer }}")
     return template
-
-
-def _read(template: str) -> str:
-    if "{" in template:
-        return template
-    if not Path(template).is_file():
-        raise BadInputError(
-            f"task.verdict.template={template!r} is neither a Jinja text nor a file that exists"
-        )
-    return Path(template).read_text(encoding="utf-8")
 
 
 def _render(template: Any, prompt: Prompt, answer: str) -> str:

@@ -159,7 +159,7 @@ def write_recipe(home: Path, model: Path, port: int) -> Recipe:
         "run": {"folder": str(recipe.run), "store": str(home / "store")},
         "task": {"name": "gsm8k", "data": str(write_data(home / "data"))},
         "teacher": section | {"few_shot": [SHOT]},
-        "student": section,
+        "student": section | {"model": os.path.relpath(model, PROJECT)},
         "sampling": {"samples": SAMPLES, "max_new_tokens": 40, "max_rouge_l": 0.99},
         "training": {
             "epochs": 2,
