@@ -49,6 +49,7 @@ def plan(config: RecipeOrTable, overrides: Overrides = None, arm: Arm = None) ->
             )
         console().print(describe_table(*load_table(config)))
         return
+    hush(cache_folder() / "logs" / "plan.log")
     check_stages(load_recipe(config, overrides, arm), with_prompts=True)
 
 
@@ -192,7 +193,7 @@ def table(
 
     written = fill_table(*load_table(spec))
     console().print(written.read_text(), markup=False)
-    say(f"table: {written}, {written.with_suffix('.csv').name} beside it")
+    say(f"table: {written}; as a page and as CSV beside it")
 
 
 @app.command()

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,7 +15,7 @@ from evals.accuracy import Answer, answers_table
 from evals.stage import answers_file
 from evals.tables import run as running
 from evals.tables.figures import is_done, measured
-from evals.tables.layout import as_csv, lines_of, markdown
+from evals.tables.layout import as_csv, lines_of, markdown, page
 from evals.tables.plan import describe_table
 from evals.tables.spec import load_table
 
@@ -140,6 +141,50 @@ def test_csv_has_a_line_for_each_figure(spec):
     rows = list(csv.DictReader(io.StringIO(as_csv(described, lines_of(described, cells)))))
     (found,) = [r for r in rows if (r["arm"], r["column"]) == ("mixed_policy_orpo", "GSM8K")]
     assert (float(found["mean"]), float(found["published"])) == (51.0, 40.72)
+
+
+def test_the_page_has_what_the_markdown_has_and_escapes_it(spec):
+    described, cells = fill(spec)
+    described = described.model_copy(update={"title": "Tiny <b>"})
+    found = page(described, lines_of(described, cells))
+    assert "<td><b>51.0 ± 1.0</b> [40.72]</td>" in found
+    assert "<h1>Tiny &lt;b&gt;</h1>" in found
+
+
+def test_columns_that_only_the_paper_has_are_shown(spec):
+    raw = yaml.safe_load(spec.read_text())
+    raw["published"]["Tiny 1B"]["mixed_policy_orpo"] |= {"MT-Bench": 3.84, "mean": 43.17}
+    spec.write_text(yaml.safe_dump(raw, sort_keys=False))
+    described, cells = fill(spec)
+    lines = markdown(described, lines_of(described, cells)).splitlines()
+    (head,) = [line for line in lines if line.startswith("| student")]
+    assert head.split("|")[3:8] == [" GSM8K ", " ARC-C ", " MT-Bench ", " mean ", " agreement "]
+    assert any("| – [3.84] |" in line for line in lines)
+
+
+TABLES = sorted((Path(__file__).parents[1] / "configs/tables").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_every_shipped_table_has_a_plan(path):
+    described, cells = load_table(path)
+    assert len({cell.name for cell in cells}) == len(cells)
+    known = {block.student: set(block.arms) for block in described.blocks}
+    known["teacher"] = {"teacher"}
+    for student, arms in described.published.items():
+        assert set(arms) <= known[student]
+    assert describe_table(described, cells).row_count == len(described.blocks) + 2 + (
+        cells[0].stages[0].cluster.gpu_hour_price is not None
+    )
+
+
+def test_there_are_the_papers_tables():
+    assert [path.stem for path in TABLES] == [
+        "dadpo_tables",
+        "miniature",
+        "orpo_table1",
+        "orpo_table2",
+    ]
 
 
 def test_a_mean_needs_every_task(spec):

@@ -4,11 +4,16 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from evals.tables.figures import AGREEMENT, MEAN, Figure, Row, measured
 from evals.tables.spec import Cell, TableSpec
 
 TEACHER_ROW = "teacher"
+NOTE = (
+    "Percent, mean ± standard error (over seeds, or of one proportion where there is one seed); "
+    "bold: within the 95 % interval of the student's best; [brackets]: the paper's."
+)
 
 
 @dataclass(frozen=True)
@@ -37,42 +42,77 @@ def lines_of(spec: TableSpec, cells: Sequence[Cell]) -> list[Line]:
 
 
 def columns_of(spec: TableSpec, lines: list[Line]) -> list[str]:
-    """The columns that have figures, tasks first."""
-    found = dict.fromkeys(column for line in lines for column in line.figures)
-    tasks = [column for column in found if column not in (MEAN, AGREEMENT)]
-    tasks = [task for task in spec.tasks if task in tasks] or tasks
+    """The columns that have figures, ours or the paper's: tasks first, MEAN and AGREEMENT last."""
+    found = dict.fromkeys(column for line in lines for column in (*line.figures, *line.published))
+    order = [*spec.tasks, *found]
+    tasks = [c for c in dict.fromkeys(order) if c in found and c not in (MEAN, AGREEMENT)]
     return [*tasks, *(column for column in (MEAN, AGREEMENT) if column in found)]
 
 
 def markdown(spec: TableSpec, lines: list[Line]) -> str:
     """The table as Markdown; bold is what lies within the 95 % interval of its student's best."""
-    columns = columns_of(spec, lines)
-    head = ["student", "arm", *columns, "n", "seeds"]
-    rows = [_cells(line, lines, columns) for line in lines]
-    bars = ["|".join(["", *(f" {text} " for text in row), ""]) for row in (head, *rows)]
+    head, rows = head_of(spec, lines), rows_of(spec, lines)
+    texts = [[shown.marked("**", "**") for shown in row] for row in rows]
+    bars = ["|".join(["", *(f" {text} " for text in row), ""]) for row in (head, *texts)]
     rule = "|" + "---|" * len(head)
-    note = (
-        "Percent, mean ± standard error (over seeds, or of one proportion where there is one "
-        "seed); bold: within the 95 % interval of the student's best; [brackets]: the paper's."
+    return "\n".join([f"# {spec.title}", "", NOTE, "", bars[0], rule, *bars[1:], ""])
+
+
+def page(spec: TableSpec, lines: list[Line]) -> str:
+    """The table as an HTML page without a script."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    templates = FileSystemLoader(Path(__file__).parents[1] / "templates")
+    environment = Environment(loader=templates, autoescape=True, undefined=StrictUndefined)
+    return environment.get_template("table.html").render(
+        spec=spec, head=head_of(spec, lines), rows=rows_of(spec, lines), note=NOTE
     )
-    return "\n".join([f"# {spec.title}", "", note, "", bars[0], rule, *bars[1:], ""])
 
 
-def _cells(line: Line, lines: list[Line], columns: list[str]) -> list[str]:
+@dataclass(frozen=True)
+class Shown:
+    """What stands in one place of a table."""
+
+    text: str
+    best: bool = False
+    published: str = ""
+
+    def marked(self, begin: str, end: str) -> str:
+        """The text, the best between two marks, and the paper's number."""
+        text = f"{begin}{self.text}{end}" if self.best else self.text
+        return f"{text} [{self.published}]" if self.published else text
+
+
+def head_of(spec: TableSpec, lines: list[Line]) -> list[str]:
+    """The names of all columns."""
+    return ["student", "arm", *columns_of(spec, lines), "n", "seeds"]
+
+
+def rows_of(spec: TableSpec, lines: list[Line]) -> list[list[Shown]]:
+    """What stands in each row, from left to right."""
+    columns = columns_of(spec, lines)
+    return [_row(line, lines, columns) for line in lines]
+
+
+def _row(line: Line, lines: list[Line], columns: list[str]) -> list[Shown]:
     rivals = [other for other in lines if other.student == line.student]
-    shown = [_shown(line, column, rivals) for column in columns]
     some = next(iter(line.figures.values()), None)
-    counts = [str(some.n), str(some.seeds)] if some else ["–", "–"]
-    return [line.student, line.arm.replace("_", " "), *shown, *counts]
+    counts = (str(some.n), str(some.seeds)) if some else ("–", "–")
+    return [
+        Shown(line.student),
+        Shown(line.arm.replace("_", " ")),
+        *(_shown(line, column, rivals) for column in columns),
+        *map(Shown, counts),
+    ]
 
 
-def _shown(line: Line, column: str, rivals: list[Line]) -> str:
+def _shown(line: Line, column: str, rivals: list[Line]) -> Shown:
+    published = f"{line.published[column]:.2f}" if column in line.published else ""
     figure = line.figures.get(column)
-    text = "–" if figure is None else f"{figure.mean:.1f} ± {figure.standard_error:.1f}"
-    if figure is not None and len(rivals) > 1 and figure.mean >= _bar(column, rivals):
-        text = f"**{text}**"
-    published = line.published.get(column)
-    return text if published is None else f"{text} [{published:.2f}]"
+    if figure is None:
+        return Shown("–", published=published)
+    best = len(rivals) > 1 and figure.mean >= _bar(column, rivals)
+    return Shown(f"{figure.mean:.1f} ± {figure.standard_error:.1f}", best, published)
 
 
 def _bar(column: str, rivals: list[Line]) -> float:

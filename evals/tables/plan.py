@@ -71,8 +71,8 @@ def _span(least: Work, most: Work) -> str:
 
 
 def _teachers(cells: Iterable[Cell], share: float) -> Work:
-    """The teacher answers each task's prompts once a seed, for all cells over the store."""
-    asked = {(cell.task, cell.seed): cell.stages[0] for cell in cells}
+    """Each teacher answers each task's prompts once a seed, for all cells over the store."""
+    asked = {(c.stages[0].teacher.model, c.task, c.seed): c.stages[0] for c in cells}
     return sum((_sampled(config, config.teacher, share) for config in asked.values()), Work())
 
 

@@ -10,7 +10,7 @@ from cluster.session import ray_session
 from cluster.storage import location, write_text
 from evals.runs import open_stage, refuse_stages, run_stage
 from evals.tables.figures import is_done, is_finished
-from evals.tables.layout import as_csv, lines_of, markdown
+from evals.tables.layout import as_csv, lines_of, markdown, page
 from evals.tables.spec import Cell, TableSpec
 
 
@@ -49,5 +49,6 @@ def _run_cells(spec: TableSpec, cells: Sequence[Cell], missing: Sequence[Cell]) 
 def _write(spec: TableSpec, cells: Sequence[Cell]) -> UPath:
     lines, target = lines_of(spec, cells), location(spec.folder) / "table.md"
     write_text(target.with_suffix(".csv"), as_csv(spec, lines))
+    write_text(target.with_suffix(".html"), page(spec, lines))
     write_text(target, markdown(spec, lines))
     return target
