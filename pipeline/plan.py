@@ -147,8 +147,10 @@ def _verdict(config: RunConfig) -> str:
 def _plan_models(plan: Plan, config: RunConfig, probes: dict[str, Probe]) -> None:
     for name, probe in probes.items():
         engine = memory.engine_bytes(probe.shape, config.engines) / _GIB
+        millions = probe.shape.parameters / 1e6
+        size = f"{millions:,.0f} M" if millions >= 10 else f"{millions:.1f} M"
         text = (
-            f"{probe.folder.name}: {probe.shape.parameters / 1e6:.0f} M parameters, longest prompt "
+            f"{probe.folder.name}: {size} parameters, longest prompt "
             f"{probe.longest_prompt} tokens, {engine:.1f} GiB an engine"
         )
         plan.rows.append((name, text))
@@ -193,8 +195,11 @@ def _plan_work(plan: Plan, config: RunConfig, prompts: int, probes: dict[str, Pr
             f"in all (if {share:.0%} of the teacher's traces can be learned from), "
             f"{training.workers} worker(s) of about {worker:.1f} GiB",
         ),
-        ("files", f"{training.epochs} checkpoints of {_checkpoint_gib(student):.2f} GiB"),
-        ("time", f"roughly {seconds / 60:.0f} min of sampling and training, if traces are long"),
+        ("files", f"{training.epochs} checkpoints of {_checkpoint_gib(student):.2g} GiB"),
+        (
+            "time",
+            f"roughly {max(1, round(seconds / 60))} min of sampling and training, if traces are long",
+        ),
     ]
 
 
