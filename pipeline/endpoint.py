@@ -56,6 +56,7 @@ class ChatReply:
     prompt_tokens: int
     tokens: int
     error: str | None = None
+    refused: bool = False  # an error of this request alone, such as one that is too long
 
 
 def chat_all(
@@ -146,7 +147,8 @@ async def _ask(client: Any, endpoint: ChatEndpoint, request: ChatRequest) -> Cha
             f"that it serves, and its key in {endpoint.key_variable}"
         ) from None
     except openai.APIError as error:
-        return ChatReply("", None, 0, 0, f"{type(error).__name__}: {error}")
+        refused = isinstance(error, openai.BadRequestError | openai.UnprocessableEntityError)
+        return ChatReply("", None, 0, 0, f"{type(error).__name__}: {error}", refused)
     if not getattr(response, "choices", None):  # some send their errors with status 200
         return ChatReply("", None, 0, 0, f"no answer in the response: {str(response)[:200]}")
     choice, usage = response.choices[0], response.usage

@@ -183,6 +183,7 @@ def _plan_work(plan: Plan, config: RunConfig, prompts: int, probes: dict[str, Pr
     )
     worker = memory.training_bytes(student.shape, training, row_tokens) / _GIB
     seconds = _seconds(config, traces, students, pairs, row_tokens, probes)
+    minutes = max(1, round(seconds / 60))
     taught = "the teacher" if len(teachers) == 1 else f"each of {len(teachers)} teachers"
     plan.rows += [
         ("sampling", f"{traces} traces of {taught}, {students} x {traces} of students"),
@@ -196,10 +197,7 @@ def _plan_work(plan: Plan, config: RunConfig, prompts: int, probes: dict[str, Pr
             f"{training.workers} worker(s) of about {worker:.1f} GiB",
         ),
         ("files", f"{training.epochs} checkpoints of {_checkpoint_gib(student):.2g} GiB"),
-        (
-            "time",
-            f"roughly {max(1, round(seconds / 60))} min of sampling and training, if traces are long",
-        ),
+        ("time", f"roughly {minutes} min of sampling and training, if traces are long"),
     ]
 
 

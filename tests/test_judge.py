@@ -165,7 +165,9 @@ def test_an_answer_that_the_endpoint_refuses_is_unparsed(judge, store, capsys):
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_refused_key_or_model_is_the_users_mistake(judge, store, status):
     judge.reply = lambda _: (status, "who are you?")
-    with pytest.raises(BadInputError, match=r"refuses to answer: .*who are you.*key in MY_KEY"):
+    with pytest.raises(
+        BadInputError, match=r"refuses to answer as 'sage': .*who are you.*key in MY_KEY"
+    ):
         judge_grader(judge.section(api_key_env="MY_KEY"), store)([(FREE, "Roses")])
 
 
@@ -188,8 +190,12 @@ def test_a_judge_is_asked_once_before_a_run(judge):
 @pytest.mark.parametrize(
     ("status", "text", "message"),
     [
-        (401, "no key", "refuses to answer: .*no key.*its key in OPENAI_API_KEY"),
-        (400, "max_tokens is not supported", "refuses to answer: .*max_tokens is not supported"),
+        (401, "no key", "refuses to answer as 'sage': .*no key.*its key in OPENAI_API_KEY"),
+        (
+            400,
+            "max_tokens is not supported",
+            "does not answer .*max_tokens is not supported.*correct task.verdict",
+        ),
         (200, "Let me think", "said 'Let me think'.*raise task.verdict.max_new_tokens"),
         (200, "Verdict: wrong", "did not find a right answer to 1 . 1 right"),
     ],
