@@ -7,6 +7,7 @@ from math import sqrt
 from typing import Any
 
 import pyarrow.parquet as pq
+from upath import UPath
 
 from cluster import storage
 from cluster.config import RunConfig
@@ -66,13 +67,14 @@ def measured(cells: Iterable[Cell], arm: str | None, agreement: bool) -> Row:
     cells = list(cells)
     done = [cell for cell in cells if is_done(cell)]
     for cell in done:
-        result, answers = _result(cell, arm)
-        if result is None:
+        file = chosen_result(cell, arm)
+        if not file.exists():
             continue
+        result = json.loads(file.read_text())
         for column, found in _columns(cell, result).items():
             of_column.setdefault(column, []).append((found["accuracy"], found["n"]))
         if agreement and arm is not None:
-            of_column.setdefault(AGREEMENT, []).append((_agreement(cell, answers), result["n"]))
+            of_column.setdefault(AGREEMENT, []).append((_agreement(cell, file), result["n"]))
     row = {column: _join(values) for column, values in of_column.items()}
     tasks = [column for column in row if column != AGREEMENT]
     every_task = {cell.task for cell in done} == {cell.task for cell in cells}
@@ -85,31 +87,29 @@ def _run_of(stage: RunConfig) -> RunFolder:
     return RunFolder(storage.location(stage.run.folder))
 
 
-def _result(cell: Cell, arm: str | None) -> tuple[dict[str, Any] | None, str]:
+def chosen_result(cell: Cell, arm: str | None) -> UPath:
+    """The file of the result that counts: the best epoch's, the base student's, the teacher's."""
     config = cell.stages[-1]
     run = _run_of(config)
     epoch = best_epoch(run, published_epochs(run, config))
     trained = student_id(epoch) if epoch else BASE
     model = TEACHER if arm is None else BASE if arm == ZERO_SHOT else trained
-    name = evaluation_name(model, "test")
-    file = run.evaluation(name)
-    return (json.loads(file.read_text()) if file.exists() else None), name
+    return run.evaluation(evaluation_name(model, "test"))
 
 
 def _columns(cell: Cell, result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return result.get("by_kind") or {cell.task: result}
 
 
-def _agreement(cell: Cell, name: str) -> float:
+def _agreement(cell: Cell, result: UPath) -> float:
     """The share of test prompts on which a student's answer is the teacher's, both parsed."""
-    run = _run_of(cell.stages[-1])
-    ours, teachers = (_answers(run, given) for given in (name, evaluation_name(TEACHER, "test")))
+    ours, teachers = _answers(result), _answers(chosen_result(cell, None))
     same = [ours.get(key) == answer for key, answer in teachers.items() if answer is not None]
     return sum(same) / max(1, len(teachers))
 
 
-def _answers(run: RunFolder, name: str) -> dict[str, str | None]:
-    path = answers_file(run.evaluation(name))
+def _answers(result: UPath) -> dict[str, str | None]:
+    path = answers_file(result)
     table = pq.read_table(path.path, filesystem=path.fs, columns=["prompt_id", "answer"])
     return dict(zip(*(table[column].to_pylist() for column in table.column_names), strict=True))
 
