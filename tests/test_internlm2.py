@@ -231,6 +231,17 @@ def test_texts_are_cut_as_by_sentencepiece_and_come_back(internlm2, options):
         assert between["input_ids"] == [size - 1, *original.encode(text), size - 2]
 
 
+def test_symbols_of_the_users_own_are_whole_and_not_special(internlm2):
+    source, _ = internlm2
+    write_tokenizer(source, add_dummy_prefix=False, user_defined_symbols=["<tool>"])
+    tokenizer = AutoTokenizer.from_pretrained(convert_model(str(source)))
+    original = sentencepiece.SentencePieceProcessor(model_file=str(source / "tokenizer.model"))
+    ids = tokenizer("pens<tool> and", add_special_tokens=False)["input_ids"]
+    assert ids == original.encode("pens<tool> and")
+    assert original.piece_to_id("<tool>") in ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "pens<tool> and"
+
+
 def test_special_tokens_and_the_chat_stay(internlm2):
     source, _ = internlm2
     folder = convert_model(str(source))
