@@ -157,14 +157,26 @@ def evaluate_one(
 
 
 @models_app.command("prepare")
-def prepare(name: Annotated[str, typer.Argument(help="Such as smollm2-135m-instruct.")]) -> None:
-    """Make a Hugging Face folder, once: of a model that travels as a package, or a miniature."""
+def prepare(
+    reference: Annotated[
+        str, typer.Argument(help="Such as smollm2-135m-instruct, a folder, or a Hugging Face id.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="A new folder; in the cache by default.")] = None,
+) -> None:
+    """Make an ordinary Hugging Face folder, once.
+
+    Of a model that travels as a package, of a miniature, of an InternLM2 that comes with code of
+    its own, or of one with pickled weights, such as Vicuna.
+    """
+    from pipeline.conversion import convert_model
     from pipeline.models import prepare_model
+    from pipeline.packaged import PACKAGED_MODELS
     from training.miniature import MINIATURES, prepare_miniature
 
     hush(cache_folder() / "logs" / "prepare.log")
-    prepare = prepare_miniature if name in MINIATURES else prepare_model
-    say(f"{name}: {prepare(name)}")
+    packaged = prepare_model if reference in PACKAGED_MODELS else convert_model
+    make = prepare_miniature if reference in MINIATURES else packaged
+    say(f"{reference}: {make(reference, out)}")
 
 
 @models_app.command("prune")

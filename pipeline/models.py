@@ -4,20 +4,21 @@ import re
 import shutil
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from upath import UPath
 
 from cluster import storage
 from cluster.errors import BadInputError, RunError
 from cluster.progress import say
+from pipeline import hub
+from pipeline.conversion import HUB_ID, check_loadable, prepare_command
 from pipeline.packaged import PACKAGED_MODELS, prepare_model
-from pipeline.prepared import prepared_folder
+from pipeline.prepared import is_prepared, prepared_folder
 
 __all__ = ["model_digest", "prepare_model", "resolve_exact", "resolve_model"]
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.tiktoken")
 # What decides a model's answers; each is part of its digest.
 _MODEL_FILES = (
@@ -35,9 +36,10 @@ def resolve_model(reference: str, cache: Path | None = None) -> Path:
     """The local folder of a model, brought near where it is not.
 
     `reference` is a packaged model's name (prepared now if it is not yet), the name of another one
-    that was prepared here, a folder, the URL of one, or a Hugging Face id. Copies go below `cache`
-    (default: storage.cache_folder), those of
-    the hub into its own cache. Raises BadInputError where there is no usable model.
+    that was prepared here, a folder, the URL of one, or a Hugging Face id. Of an id that was
+    prepared here, the prepared folder is taken and the hub not asked. Copies go below `cache`
+    (default: storage.cache_folder), those of the hub into its own cache. Raises BadInputError where
+    there is no usable model.
     """
     cache = cache or storage.cache_folder()
     if reference in PACKAGED_MODELS:
@@ -45,11 +47,11 @@ def resolve_model(reference: str, cache: Path | None = None) -> Path:
     folder = Path(reference).expanduser()
     if folder.is_dir():
         folder = folder.absolute()
-    elif _NAME.fullmatch(reference) and prepared_folder(reference, cache).is_dir():
+    elif _may_be_named(reference) and is_prepared(reference, cache):
         folder = prepared_folder(reference, cache)
     elif "://" in reference:
         folder = _download(reference, cache / "downloads")
-    elif _HUB_ID.fullmatch(reference):
+    elif HUB_ID.fullmatch(reference):
         folder = _from_hub(reference)
     else:
         raise BadInputError(
@@ -59,6 +61,10 @@ def resolve_model(reference: str, cache: Path | None = None) -> Path:
         )
     _check_folder(folder, reference)
     return folder
+
+
+def _may_be_named(reference: str) -> bool:
+    return bool(_NAME.fullmatch(reference) or HUB_ID.fullmatch(reference))
 
 
 def resolve_exact(reference: str, digest: str | None) -> Path:
@@ -84,12 +90,9 @@ def _check_folder(folder: Path, reference: str) -> None:
         raise BadInputError(
             f"{reference} has no config.json{adapter}: expected a Hugging Face model folder"
         )
+    check_loadable(folder, reference)
     if not has("*.safetensors"):
-        pickled = "only pickled weights, which could run code" if has("*.bin", "*.pt*") else "none"
-        raise BadInputError(
-            f"{reference}: expected weights in *.safetensors, found {pickled}: load the model "
-            "where you trust it and write it with save_pretrained"
-        )
+        _refuse_weights(folder, reference, has("*.bin", "*.pt*"))
     if not has(*_TOKENIZER_FILES):
         raise BadInputError(
             f"{reference} has no tokenizer: put its tokenizer.json and tokenizer_config.json "
@@ -97,20 +100,19 @@ def _check_folder(folder: Path, reference: str) -> None:
         )
 
 
-def _from_hub(hub_id: str) -> Path:
-    import huggingface_hub
-    from huggingface_hub.utils import disable_progress_bars
+def _refuse_weights(folder: Path, reference: str, pickled: bool) -> NoReturn:
+    found = "only pickled weights, which could run code" if pickled else "none"
+    on_hub = HUB_ID.fullmatch(reference) and not Path(reference).is_dir()
+    if pickled or on_hub:  # pickles are not fetched from there: it may have some
+        todo = f"run {prepare_command(folder, reference)}"
+    else:
+        todo = "put the weights into the folder"
+    raise BadInputError(f"{reference}: expected weights in *.safetensors, found {found}: {todo}")
 
-    disable_progress_bars()
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py"]
-    try:
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise BadInputError(
-            f"{hub_id} is no folder here, and it could not be fetched from the hub: {reason}. "
-            f"Give the folder of a copy, or one of {', '.join(PACKAGED_MODELS)}, which need no hub"
-        ) from None
+
+def _from_hub(hub_id: str) -> Path:
+    check_loadable(hub.fetch(hub_id), hub_id)
+    return hub.fetch(hub_id, "*.safetensors")
 
 
 def _download(url: str, cache: Path) -> Path:

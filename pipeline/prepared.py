@@ -15,8 +15,14 @@ _NOTE = "README.md"  # says what the folder was made from; another note means: m
 
 
 def prepared_folder(name: str, cache: Path | None = None) -> Path:
-    """Where the model of this name lies once it is prepared, below the cache."""
-    return ((cache or storage.cache_folder()) / "models" / name).absolute()
+    """Where the model of this name, or Hugging Face id, lies once it is prepared in the cache."""
+    folder = name.replace("/", "--")
+    return ((cache or storage.cache_folder()) / "models" / folder).absolute()
+
+
+def is_prepared(name: str, cache: Path | None = None) -> bool:
+    """Whether the model of this name, or Hugging Face id, lies whole in the cache."""
+    return storage.is_published(storage.location(str(prepared_folder(name, cache))))
 
 
 def prepare_folder(

@@ -53,7 +53,11 @@ def test_a_folder_is_itself_and_absolute(tmp_path, monkeypatch):
         (["config.json"], None, "has no config.json: expected a Hugging Face model folder"),
         (["config.json"], "adapter_config.json", "merge it into its base first"),
         (list(FILES)[2:4], None, r"expected weights in \*.safetensors, found none"),
-        (list(FILES)[2:4], "pytorch_model.bin", "found only pickled weights.*save_pretrained"),
+        (
+            list(FILES)[2:4],
+            "pytorch_model.bin",
+            "found only pickled weights.*potstill models prepare",
+        ),
         (list(FILES)[4:6], None, "has no tokenizer: put its tokenizer.json"),
     ],
 )

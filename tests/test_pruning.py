@@ -217,7 +217,7 @@ CONFIGS = {
     "another architecture": ({"model_type": "gpt2"}, "model_type 'gpt2'.*llama, qwen2, gemma"),
     "InternLM2": (
         {"model_type": "internlm2", "auto_map": {"AutoConfig": "c.C"}},
-        "Llama layout by `potstill models prepare`",
+        "run `potstill models prepare ",
     ),
     "its own code": (
         {"auto_map": {"AutoModelForCausalLM": "own_code.OwnModel"}},

@@ -64,11 +64,6 @@ def _check_architecture(folder: Path, reference: str) -> str:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     model_type = config.get("model_type")
     supported = f"expected a model_type of {', '.join(ARCHITECTURES)}"
-    if model_type == "internlm2":
-        raise BadInputError(
-            f"{reference} has InternLM2's own layout, which only its own code reads: convert it to "
-            "the Llama layout by `potstill models prepare` and prune the result"
-        )
     if "auto_map" in config:
         raise BadInputError(
             f"{reference} comes with code of its own, which pruning does not run: {supported}, "
