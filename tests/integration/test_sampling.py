@@ -11,10 +11,11 @@ from cluster import storage
 from cluster.config import parse_config
 from cluster.errors import BadInputError, RunError
 from cluster.run_folder import open_run
-from cluster.session import ray_session
+from cluster.session import ray_session, result_of
 from cluster.storage import location, read_table
+from pipeline.models import model_digest
 from pipeline.pool import release_engines
-from pipeline.resampler import MixedPolicyResampler
+from pipeline.resampler import MixedPolicyResampler, start_resampler
 from pipeline.rows import Pair, Sample, from_table
 from pipeline.sampling import make_writer, sample
 from pipeline.scoring import Answered, score
@@ -41,6 +42,7 @@ def config(tmp_path_factory, tiny_llama):
                 "kv_cache_gib": 0.2,
                 "enforce_eager": True,
                 "batch_rows": 4,
+                "pool": "tests",
             },
             "serving": {"max_model_len": 512, "port": 18231},
         },
@@ -158,6 +160,34 @@ def test_the_resampler_goes_on_from_files_alone(config, monkeypatch):
     )
     with pytest.raises(BadInputError, match=r"teacher\.parquet was sampled from other data"):
         MixedPolicyResampler(run, config).prepare_epoch(1)
+
+
+@pytest.mark.usefixtures("session")
+def test_a_teacher_behind_an_endpoint_is_asked_from_the_cluster(
+    config, tiny_llama, prompts, chat_server, tmp_path, monkeypatch
+):
+    def works_it_out(body):
+        (prompt,) = [p for p in prompts if p.question in body["messages"][-1]["content"]]
+        return f"I count to {prompt.gold}. The answer is \\boxed{{{prompt.gold}}}."
+
+    server = chat_server(works_it_out)
+    monkeypatch.setenv("MY_TEACHERS_KEY", "secret")  # after Ray has started
+    theirs = with_options(
+        config,
+        run={"folder": str(tmp_path / "run")},
+        teacher={"model": "big", "endpoint": {"url": server.url, "api_key_env": "MY_TEACHERS_KEY"}},
+        pairs={"negatives": "wrong_or_unparsed"},
+    )
+    run = open_run(theirs)
+    resampler = start_resampler(run, theirs, board=None)
+    counts = result_of(resampler.prepare_epoch.remote(1))
+    assert counts["prompts_with_pairs"] == PROMPTS
+    assert len(server.bodies) == PROMPTS * 3
+    assert set(server.keys) == {"Bearer secret"}
+    pairs = from_table(Pair, read_table(run.pairs(1)))
+    gold = {prompt.prompt_id: prompt.gold for prompt in prompts}
+    assert all(f"boxed{{{gold[pair.prompt_id]}}}" in pair.chosen for pair in pairs)
+    assert {pair.rejected_model for pair in pairs} == {model_digest(tiny_llama)}
 
 
 @pytest.mark.usefixtures("session")
