@@ -13,7 +13,7 @@ from cluster.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, BadInputError, RunE
 from cluster.progress import complain, console, hush, say
 from cluster.recipes import load_recipe
 from cluster.run_folder import RunFolder
-from cluster.storage import cache_folder, location
+from cluster.storage import cache_folder, location, read_json
 
 app = typer.Typer(
     help="Distil large language models into small ones on a Ray cluster.",
@@ -221,10 +221,16 @@ def report(run: RunPath) -> None:
 @app.command()
 def status(run: RunPath) -> None:
     """Print what a run has done so far."""
+    from evals.table import results_table
+
     folder, config = _existing(run)
     for line in folder.describe(config.training.epochs):
         say(line)
-    say(f"last record: {folder.last_record()}")
+    if folder.finished_file.exists():
+        say(f"finished: {read_json(folder.finished_file)['date']}")
+        console().print(results_table(folder, config))
+    else:
+        say(f"last record: {folder.last_record()}")
 
 
 def _existing(run: str) -> tuple[RunFolder, RunConfig]:

@@ -23,6 +23,7 @@ class Answer:
     """One model's answer to one prompt. Written beside the result, read by the report."""
 
     prompt_id: str
+    message: str  # what the model was asked
     text: str
     answer: str | None  # canonical, None where the text has none
     verdict: Verdict | None  # None on error, and of an open prompt until all answers are there
@@ -33,6 +34,7 @@ class Answer:
 ANSWER_SCHEMA = pa.schema(
     [
         pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("message", pa.string(), nullable=False),
         pa.field("text", pa.string(), nullable=False),
         pa.field("answer", pa.string()),
         pa.field("verdict", pa.string()),
@@ -93,9 +95,10 @@ def graded(
 ) -> Answer:
     """The answer that a text is to a prompt, or that an error is."""
     if error is not None:
-        return Answer(prompt.prompt_id, "", None, None, None, error)
+        return Answer(prompt.prompt_id, user_message(prompt), "", None, None, None, error)
     return Answer(
         prompt_id=prompt.prompt_id,
+        message=user_message(prompt),
         text=text,
         answer=extract_answer(text, prompt.kind, prompt.choices),
         verdict=None if prompt.kind == "open" else exact_verdict(prompt, text),

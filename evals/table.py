@@ -19,7 +19,7 @@ def results_table(run: RunFolder, config: RunConfig | None = None) -> Table:
     table = Table(
         title=title,
         title_justify="left",
-        caption="* served as student" if any(result.best for result in results) else None,
+        caption=_caption(results),
         caption_justify="left",
         box=None,
         pad_edge=False,
@@ -33,6 +33,13 @@ def results_table(run: RunFolder, config: RunConfig | None = None) -> Table:
     for result in results:
         table.add_row(*_cells(result, with_validation), style="bold" if result.best else None)
     return table
+
+
+def _caption(results: list[Result]) -> str | None:
+    best = next((result for result in results if result.best), None)
+    if best is None:
+        return None
+    return f"* {'the best on validation, ' if best.validation else ''}served as student"
 
 
 def _short(label: str) -> str:

@@ -44,6 +44,4 @@ def _greedy(writer: Writer, config: RunConfig) -> Writer:
 
 
 def _answer(prompt: Prompt, found: Sample) -> Answer:
-    if found.error is not None:
-        return Answer(prompt.prompt_id, "", None, None, None, found.error)
-    return graded(prompt, found.text, found.finish_reason)
+    return graded(prompt, found.text, found.finish_reason, found.error)

@@ -26,6 +26,7 @@ from pipeline.tasks.task import SPLITS
 from pipeline.verdicts.choice import check_verdict, has_verdicts
 
 _GIB = 1 << 30
+_IDS_AT_AN_END = 12
 _ASSUMED_RIGHT = 0.5  # share of the teacher's traces, before any is sampled
 
 Found = TypeVar("Found")
@@ -155,7 +156,7 @@ def _plan_models(plan: Plan, config: RunConfig, probes: dict[str, Probe]) -> Non
         )
         plan.rows.append((name, text))
         plan.rendered.append((f"{name} reads", repr(probe.chat.tokenizer.decode(probe.prompt_ids))))
-        plan.rendered.append(("as ids", " ".join(map(str, probe.prompt_ids))))
+        plan.rendered.append(("as ids", _ends(probe.prompt_ids)))
 
 
 def _plan_work(plan: Plan, config: RunConfig, prompts: int, probes: dict[str, Probe]) -> None:
@@ -225,6 +226,14 @@ def _seconds(
     workers = config.training.workers if gpu else 1
     engines = config.engines.max_engines if gpu else 1
     return sampled / (decoding * engines) + trained / (training * workers)
+
+
+def _ends(ids: list[int]) -> str:
+    """Ids, in the midst of many a gap: what goes wrong with templates is at the ends."""
+    shown = [str(token) for token in ids]
+    if len(shown) > 2 * _IDS_AT_AN_END:
+        shown[_IDS_AT_AN_END:-_IDS_AT_AN_END] = ["..."]
+    return " ".join(shown)
 
 
 def describe_plan(plan: Plan, with_prompts: bool = False) -> Table:

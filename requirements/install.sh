@@ -65,7 +65,11 @@ for name in "$@"; do
     lock=requirements/$name.txt
     torch=$(grep '^torch==.*+cpu$' "$lock" || true)
     if [ -n "$torch" ]; then
-        quietly "$torch" torch_install "$torch" || fail "$torch"
+        quietly "$torch" torch_install "$torch" || {
+            echo "PyTorch's CPU build comes from $torch_index, or from where pip is told to look" \
+                "(PIP_FIND_LINKS): one of them must be within reach of this machine." >&2
+            fail "$torch"
+        }
     fi
     quietly "$lock" pip_install -r "$lock" || fail "$lock"
 done

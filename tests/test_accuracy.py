@@ -202,7 +202,7 @@ def test_key_comes_from_the_environment_alone(endpoint, monkeypatch):
 
 
 def test_accuracy_given_parsed_is_unknown_where_nothing_is_parsed():
-    answers = [Answer("p", "hm", None, "unparsed", "stop", None)]
+    answers = [Answer("p", "What?", "hm", None, "unparsed", "stop", None)]
     assert describe(answers)["accuracy_given_parsed"] is None
 
 

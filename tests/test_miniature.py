@@ -66,6 +66,13 @@ def test_parts_hold_all_kinds_alike_and_share_no_problem():
     assert parts["test"] != load_prompts(SECTION, "test", seed=4)
 
 
+def test_data_is_refused(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"question": "2 + 3?", "answer": "5"}')
+    with pytest.raises(BadInputError, match=r"makes its problems itself: leave task\.data out"):
+        load_prompts(SECTION.model_copy(update={"data": str(file)}), "train", seed=0)
+
+
 def test_lessons_are_of_train_problems_alone():
     shown = {message for message, _ in islice(lessons(seed=7), 300)}
     for split in ("validation", "test"):

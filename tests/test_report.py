@@ -80,7 +80,9 @@ def publish(target, files):
 
 def write_result(run, model, split, right):
     answers = [
-        Answer(f"p{i}", EVIL, "5", "right" if i < right else "unparsed", "stop", None)
+        Answer(
+            f"p{i}", f"Problem {i}?", EVIL, "5", "right" if i < right else "unparsed", "stop", None
+        )
         for i in range(4)
     ]
     file = run.evaluation(evaluation_name(model, split))

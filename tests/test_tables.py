@@ -57,7 +57,7 @@ def finish(cell, accuracies, answers=("1", "2"), **more):
         result = {"accuracy": accuracy, "n": 100, **more}
         storage.write_json(run.evaluation(name), result)
         found = [
-            Answer(f"p{n}", "", None if answer == "-" else answer, "right", "stop", None)
+            Answer(f"p{n}", "", "", None if answer == "-" else answer, "right", "stop", None)
             for n, answer in enumerate(answers if name != "teacher_test" else ("1", "3"))
         ]
         storage.write_table(answers_table(found), answers_file(run.evaluation(name)))

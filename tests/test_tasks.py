@@ -45,7 +45,11 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("name", TASKS)
+def test_every_task_that_reads_rows_is_tried_here():
+    assert TASKS.keys() - ROWS.keys() == {"miniature"}
+
+
+@pytest.mark.parametrize("name", ROWS)
 def test_a_row_becomes_a_prompt(name):
     row, expected = ROWS[name]
     prompt = TASKS[name].prompt(row)
