@@ -89,7 +89,8 @@ class Bar:
     def __init__(self, description: str, total: int, bars: Progress) -> None:
         self._bars = bars
         self._task: TaskID = bars.add_task(description, total=total, figures="")
-        self._last_line = time.monotonic()
+        self._last_line = -_PLAIN_INTERVAL_S
+        self.reach(0)
 
     def advance(self, count: int = 1, **figures: float) -> None:
         """Count work done; figures such as loss=1.48 are shown beside the bar."""
@@ -121,7 +122,8 @@ class BoardBar:
     """A bar of a process that has no screen: it reports to the board."""
 
     def __init__(self, description: str, total: int) -> None:
-        self._description, self._total, self._done, self._last = description, total, 0, 0.0
+        self._description, self._total, self._last = description, total, 0.0
+        self.reach(0)
 
     def advance(self, count: int = 1, **figures: float) -> None:
         """Count work done."""

@@ -20,7 +20,7 @@ def screen(monkeypatch):
     return stream
 
 
-def test_plain_lines_come_at_intervals_and_at_the_end(screen, monkeypatch):
+def test_plain_lines_come_at_the_start_at_intervals_and_at_the_end(screen, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     with progress("sampling", 4) as bar:
@@ -29,7 +29,8 @@ def test_plain_lines_come_at_intervals_and_at_the_end(screen, monkeypatch):
         bar.advance(loss=1.25)
         bar.advance()
         bar.advance(loss=0.5)
-    first, last = screen.getvalue().splitlines()
+    start, first, last = screen.getvalue().splitlines()
+    assert start == "sampling  0/4 (0 %)"
     assert first.startswith("sampling  2/4 (50 %)  loss 1.25")
     assert last == "sampling  4/4 (100 %)  loss 0.5"
 
