@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -259,6 +260,16 @@ def test_a_model_whose_layers_have_other_names_is_refused(tiny_of, tmp_path):
 def test_a_ratio_that_cannot_be_met_is_refused(ratio, message, tiny_of, tmp_path):
     with pytest.raises(BadInputError, match=message):
         prune_model(str(tiny_of("llama")), ratio, str(tmp_path / "out"))
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
+def test_too_little_memory_is_told_before_the_model_is_loaded(tiny_of, tmp_path, monkeypatch):
+    parameters = read_prunable(tiny_of("llama"), "it").parameters
+    free = SimpleNamespace(available=8 * parameters - 1)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
+    with pytest.raises(BadInputError, match=r"takes 0\.0 GiB of memory, and this machine has"):
+        prune_model(str(tiny_of("llama")), 0.2, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("content", ["folder", "file"])

@@ -17,6 +17,7 @@ from training.prunable import Prunable, read_prunable
 from training.widths import Widths, check_ratio, choose_widths, removed_share
 
 FIGURES = "pruning.json"
+_BYTES_A_PARAMETER = 8  # a weight and its gradient in float32
 _CARRIED = (
     "tokenizer*",
     "vocab*",
@@ -56,7 +57,8 @@ def prune_model(reference: str, ratio: float, out: str, texts: Path | None = Non
     as many in each layer. `texts` has one's own calibration texts, one a line. All is computed in
     float32 on the CPU, with 8 bytes a parameter, and saved in the model's own precision. The same
     call writes the same files. Raises BadInputError for an `out` that holds something, before a
-    model is looked for, and for a model or a ratio that cannot be pruned, before it is loaded.
+    model is looked for, and for a model or a ratio that cannot be pruned, or too little memory,
+    before it is loaded.
     """
     began = time.monotonic()
     place = storage.location(out)
@@ -66,6 +68,7 @@ def prune_model(reference: str, ratio: float, out: str, texts: Path | None = Non
     folder = resolve_model(reference)
     prunable = read_prunable(folder, reference)
     kept = choose_widths(prunable, ratio)
+    _check_memory(reference, prunable)
     _say_plan(reference, prunable, kept)
     staging = storage.staging_folder(place)
     try:
@@ -84,6 +87,17 @@ def _check_out(place: UPath) -> None:
     storage.check_reachable("out", place)
     if place.is_file() or (place.exists() and any(place.iterdir())):
         raise BadInputError(f"out={place} already holds something: give a new or an empty folder")
+
+
+def _check_memory(reference: str, prunable: Prunable) -> None:
+    import psutil
+
+    needed, free = _BYTES_A_PARAMETER * prunable.parameters, psutil.virtual_memory().available
+    if needed > free:
+        raise BadInputError(
+            f"pruning {reference} takes {needed / 2**30:.1f} GiB of memory, and this machine has "
+            f"{free / 2**30:.1f} GiB free: prune it on a machine with more"
+        )
 
 
 def _calibration_texts(file: Path | None) -> list[str]:
