@@ -18,6 +18,8 @@ from evals.stage import answers_file
 from evals.tables.figures import chosen_result, is_done
 from evals.tables.spec import Cell, load_table
 
+# Where SFT alone is compared with an arm that trains on after it, this is SFT for as many steps.
+AS_LONG = {"Teacher, 30 % pruned": "Teacher, 30 % pruned, 60 steps"}
 ORDERINGS = (
     ("diverse_cot_sft", "single_cot_sft"),
     ("mixed_policy_orpo", "diverse_cot_sft"),
@@ -42,10 +44,11 @@ def right(cell: Cell) -> dict[str, bool]:
 
 def differences(cells: list[Cell], better: str, worse: str, student: str) -> Iterator[float]:
     """What the better arm has over the worse one on each problem of each seed: 1, 0 or -1."""
-    of_arm = {(cell.arm, cell.seed): cell for cell in cells if cell.student == student}
-    for arm, seed in of_arm:
-        if arm == better and (worse, seed) in of_arm:
-            ours, theirs = right(of_arm[better, seed]), right(of_arm[worse, seed])
+    of_arm = {(cell.student, cell.arm, cell.seed): cell for cell in cells}
+    other = AS_LONG.get(student, student) if worse == "dsft" else student
+    for seed in sorted({cell.seed for cell in cells}):
+        if (student, better, seed) in of_arm and (other, worse, seed) in of_arm:
+            ours, theirs = right(of_arm[student, better, seed]), right(of_arm[other, worse, seed])
             yield from (float(ours[key]) - float(theirs[key]) for key in sorted(ours))
 
 
@@ -61,7 +64,7 @@ def main() -> None:
     parser.add_argument("table", type=Path)
     spec, cells = load_table(parser.parse_args().table)
     done = [cell for cell in cells if is_done(cell)]
-    students = [block.student for block in spec.blocks]
+    students = [block.student for block in spec.blocks if block.student not in AS_LONG.values()]
     print("| A over B, points | " + " | ".join(students) + " | together |")
     print("|" + "---|" * (len(students) + 2))
     for better, worse in ORDERINGS:
