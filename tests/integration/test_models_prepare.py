@@ -14,6 +14,7 @@ from pipeline.models import resolve_model
 pytestmark = pytest.mark.integration
 PROJECT = Path(__file__).parents[2]
 SUNRISE = "The sun rises in the east and"
+TEMPLATE = PROJECT / "configs/templates/gemma.jinja"
 PREPARE = "import sys; from pipeline.models import prepare_model; prepare_model(sys.argv[1])"
 
 
@@ -73,7 +74,7 @@ def test_gemma_is_prepared_with_the_bos_that_it_needs(cache):
     assert "Gemma Terms of Use" in (folder / "README.md").read_text()
     assert settings_of(folder)["eos_token_id"] == [1, 106]
 
-    chat = load_chat(folder, str(PROJECT / "configs/templates/gemma.jinja"))
+    chat = load_chat(folder, TEMPLATE.read_text())
     plain = chat.tokenizer(SUNRISE)["input_ids"]
     assert plain[0] == chat.tokenizer.bos_token_id
     assert chat.tokenizer.decode(greedy(folder, plain, 6)).startswith(" sets in the west.")
@@ -81,7 +82,7 @@ def test_gemma_is_prepared_with_the_bos_that_it_needs(cache):
 
 def test_gemmas_template_writes_its_turns_with_one_bos(cache):
     _, _, folder = prepare("gemma-3-270m", cache)
-    chat = load_chat(folder, str(PROJECT / "configs/templates/gemma.jinja"))
+    chat = load_chat(folder, TEMPLATE.read_text())
     prompt = chat.prompt_ids("Hello", [("One?", "Yes.")])
     assert chat.tokenizer.decode(prompt) == (
         "<bos><start_of_turn>user\nOne?<end_of_turn>\n<start_of_turn>model\nYes.<end_of_turn>\n"
