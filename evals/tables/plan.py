@@ -1,6 +1,7 @@
 """What a table would cost, from sizes alone: neither weights nor data need be at hand.
 
-Speeds of GPUs are those that cluster.memory assumes; they are not yet measured.
+Speeds are those of cluster.memory: GPUs' are assumed, not yet measured, cores' are those that a
+model of 135 M parameters reaches; smaller ones reach less.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,11 +23,14 @@ _SHORT, _LONG = 0.25, 1.0
 _ASSUMED_RIGHT = 0.5  # share of a teacher's traces
 _PROMPT_TOKENS = 200
 _HOUR = 3600.0
+# Operations a second in decoding and in training.
+_GPU = memory.GPU_DECODING, memory.GPU_TRAINING
+_CORE = memory.CPU_CORE_DECODING, memory.CPU_CORE_TRAINING
 
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations on a GPU."""
+    """Floating-point operations."""
 
     decoding: float = 0.0
     training: float = 0.0
@@ -34,14 +38,10 @@ class Work:
     def __add__(self, other: "Work") -> "Work":
         return Work(self.decoding + other.decoding, self.training + other.training)
 
-    @property
-    def gpu_hours(self) -> float:
-        """On one GPU."""
-        decoding, training = (
-            self.decoding / memory.GPU_DECODING,
-            self.training / memory.GPU_TRAINING,
-        )
-        return (decoding + training) / _HOUR
+    def hours(self, on_cpu: bool) -> float:
+        """On one GPU, or on one core."""
+        decoding, training = _CORE if on_cpu else _GPU
+        return (self.decoding / decoding + self.training / training) / _HOUR
 
 
 def describe_table(spec: TableSpec, cells: Sequence[Cell]) -> Table:
@@ -49,25 +49,28 @@ def describe_table(spec: TableSpec, cells: Sequence[Cell]) -> Table:
 
     Raises BadInputError where a model's or a data set's size is not known.
     """
-    table = Table("rows", "cells", "steps of training", "GPU hours", box=None, title=spec.title)
+    on_cpu = cells[0].stages[0].cluster.accelerator == "cpu"
+    unit = "core hours" if on_cpu else "GPU hours"
+    table = Table("rows", "cells", "steps of training", unit, box=None, title=spec.title)
     least, most = _teachers(cells, _SHORT), _teachers(cells, _LONG)
-    table.add_row("teacher's traces, once a task", "", "", _span(least, most))
+    table.add_row("teacher's traces, once a task", "", "", _span(least, most, on_cpu))
     for block in spec.blocks:
         ours = [cell for cell in cells if cell.student == block.student]
         low, high = _students(ours, _SHORT), _students(ours, _LONG)
         steps = sum(_steps(config) for _, config in _distinct_stages(ours))
-        table.add_row(block.student, str(len(ours)), f"{steps:,}", _span(low, high))
+        table.add_row(block.student, str(len(ours)), f"{steps:,}", _span(low, high, on_cpu))
         least, most = least + low, most + high
-    table.add_row("all", str(len(cells)), "", _span(least, most))
+    table.add_row("all", str(len(cells)), "", _span(least, most, on_cpu))
     price = cells[0].stages[0].cluster.gpu_hour_price
     if price is not None:
-        cost = f"{price * least.gpu_hours:,.0f} to {price * most.gpu_hours:,.0f}"
+        low_cost, high_cost = (price * work.hours(on_cpu) for work in (least, most))
+        cost = f"{low_cost:,.0f} to {high_cost:,.0f}"
         table.add_row(f"cost at {price:g} a GPU hour", "", "", cost)
     return table
 
 
-def _span(least: Work, most: Work) -> str:
-    return f"{least.gpu_hours:,.1f} to {most.gpu_hours:,.1f}"
+def _span(least: Work, most: Work, on_cpu: bool) -> str:
+    return " to ".join(f"{work.hours(on_cpu):,.1f}" for work in (least, most))
 
 
 def _teachers(cells: Iterable[Cell], share: float) -> Work:
