@@ -52,7 +52,7 @@ def columns_of(spec: TableSpec, lines: list[Line]) -> list[str]:
 def markdown(spec: TableSpec, lines: list[Line]) -> str:
     """The table as Markdown; bold is what lies within the 95 % interval of its student's best."""
     head, rows = head_of(spec, lines), rows_of(spec, lines)
-    texts = [[shown.marked("**", "**") for shown in row] for row in rows]
+    texts = [[shown.markdown for shown in row] for row in rows]
     bars = ["|".join(["", *(f" {text} " for text in row), ""]) for row in (head, *texts)]
     rule = "|" + "---|" * len(head)
     return "\n".join([f"# {spec.title}", "", NOTE, "", bars[0], rule, *bars[1:], ""])
@@ -77,9 +77,10 @@ class Shown:
     best: bool = False
     published: str = ""
 
-    def marked(self, begin: str, end: str) -> str:
-        """The text, the best between two marks, and the paper's number."""
-        text = f"{begin}{self.text}{end}" if self.best else self.text
+    @property
+    def markdown(self) -> str:
+        """The text, bold where it is best, and the paper's number."""
+        text = f"**{self.text}**" if self.best else self.text
         return f"{text} [{self.published}]" if self.published else text
 
 
