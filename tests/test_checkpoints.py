@@ -59,14 +59,25 @@ def test_a_student_with_its_own_code_is_saved_with_it(own_model, tiny_llama, tmp
         torch.testing.assert_close(saved(input_ids=ids).logits, expected)
 
 
-def test_a_student_that_was_published_with_a_temperature_is_saved(tiny_llama, tmp_path):
-    folder, target = tmp_path / "vicuna", tmp_path / "checkpoint"
-    shutil.copytree(tiny_llama, folder)
-    settings = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 0}  # and no do_sample
-    (folder / "generation_config.json").write_text(json.dumps(settings))
+def generation_config_of_checkpoint(model, tmp_path, settings):
+    """What a student that came with these settings is saved with."""
+    folder, target = tmp_path / "student", tmp_path / "checkpoint"
+    shutil.copytree(model, folder)
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": 0}))
     target.mkdir()
     chat = load_chat(folder)
     write_checkpoint(target, folder, load_file(folder / "model.safetensors"), chat)
     saved = json.loads((target / "generation_config.json").read_text())
-    assert (saved["temperature"], saved["do_sample"]) == (0.9, True)
     assert saved["eos_token_id"] == [0, chat.end_of_turn_id]
+    return saved
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.9, "top_p": 0.6}, {"top_k": 3}])
+def test_sampling_options_without_do_sample_are_saved_with_it(tiny_llama, tmp_path, settings):
+    saved = generation_config_of_checkpoint(tiny_llama, tmp_path, settings)
+    assert saved | settings | {"do_sample": True} == saved
+
+
+def test_generation_options_that_cannot_be_saved_are_left_out(tiny_llama, tmp_path):
+    saved = generation_config_of_checkpoint(tiny_llama, tmp_path, {"length_penalty": 2.0})
+    assert "length_penalty" not in saved

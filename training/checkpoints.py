@@ -1,5 +1,6 @@
 """Checkpoints: the weights as an ordinary Hugging Face folder, with LoRA merged into them."""
 
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,26 @@ def _generation_config(base: Path, chat: Chat) -> Any:
     stops = generation.eos_token_id
     stops = [stops] if isinstance(stops, int) else list(stops or ())
     generation.eos_token_id = list(dict.fromkeys([*stops, chat.end_of_turn_id]))
-    # Vicuna gives a temperature without do_sample, which transformers loads but refuses to save.
-    if any(getattr(generation, name) not in (None, 1.0) for name in ("temperature", "top_p")):
-        generation.do_sample = True
-    return generation
+    return _savable(generation)
+
+
+def _savable(generation: Any) -> Any:
+    """The same as sampling, or the token ids alone, where transformers would refuse to save it.
+
+    It loads more than it saves: Vicuna gives a temperature without do_sample.
+    """
+    from transformers import GenerationConfig
+
+    sampling = copy(generation)
+    sampling.do_sample = True
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = GenerationConfig(**{name: getattr(generation, name) for name in names})
+    return next((one for one in (generation, sampling) if _is_valid(one)), ids)
+
+
+def _is_valid(generation: Any) -> bool:
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        return False
+    return True
