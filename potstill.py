@@ -66,11 +66,13 @@ def run(config: Config, overrides: Overrides = None, arm: Arm = None) -> None:
 @app.command()
 def sample(config: Config, overrides: Overrides = None, arm: Arm = None) -> None:
     """Only sample and grade, and draw the pairs of the first epoch (of a recipe's first stage)."""
-    from evals.runs import open_stages, sample_stage
+    from evals.runs import check_stages, open_stage, sample_stage
 
-    folder, settings = next(open_stages(load_recipe(config, overrides, arm)))
-    sample_stage(folder, settings)
-    say(f"traces: {folder.root / 'completions'}, pairs: {folder.pairs(1)}")
+    stages = load_recipe(config, overrides, arm)
+    check_stages(stages)
+    with open_stage(stages[0]) as folder:
+        sample_stage(folder, stages[0])
+        say(f"traces: {folder.root / 'completions'}, pairs: {folder.pairs(1)}")
 
 
 @app.command()

@@ -33,15 +33,21 @@ def location(text: str) -> UPath:
 
 def check_reachable(option: str, place: UPath) -> None:
     """Raise BadInputError where the place that an option names cannot be asked what it holds."""
-    from botocore.exceptions import BotoCoreError, ClientError
-
+    out_of_reach: tuple[type[Exception], ...] = (*failures(), ValueError, ImportError)
     try:
         place.exists()
-    except (OSError, ValueError, ImportError, BotoCoreError, ClientError) as error:
+    except out_of_reach as error:
         raise BadInputError(
             f"{option}={place} cannot be read ({error}): check the URL, the credentials of this "
             "machine and its rights"
         ) from None
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What reading and writing raise where a disk, a bucket or the way to it fails."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    return OSError, BotoCoreError, ClientError
 
 
 def cache_folder() -> Path:

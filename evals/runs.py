@@ -7,10 +7,11 @@ from typing import Any
 
 from cluster.config import RunConfig
 from cluster.errors import BadInputError
+from cluster.lock import locked
 from cluster.progress import console, hush, say, watched_board
 from cluster.run_folder import RunFolder, check_recipe, open_run
 from cluster.session import ray_session, result_of
-from cluster.storage import write_json
+from cluster.storage import location, write_json
 
 
 def check_stages(configs: Sequence[RunConfig], with_prompts: bool = False) -> None:
@@ -42,22 +43,28 @@ def _refusals(plans: Iterable[Any]) -> list[str]:
 
 
 def open_stages(configs: Sequence[RunConfig]) -> Iterator[tuple[RunFolder, RunConfig]]:
-    """The stages, each opened when its turn comes, after a look at all of them."""
+    """The stages, each open for one round of the loop over them, after a look at all of them."""
     check_stages(configs)
     for config in configs:
-        yield open_stage(config), config
+        with open_stage(config) as folder:
+            yield folder, config
 
 
-def open_stage(config: RunConfig) -> RunFolder:
-    """Start or go on with a stage's folder, and say what is there already."""
+@contextmanager
+def open_stage(config: RunConfig) -> Iterator[RunFolder]:
+    """Start or go on with a stage's folder, and say what is there already.
+
+    Raises BadInputError where another process works in it.
+    """
     goes_on = check_recipe(config).config_file.exists()
-    folder = open_run(config)
-    hush(folder.log_file)
-    if goes_on:
-        say(f"going on with the run in {folder.root}")
-        for line in folder.describe(config.training.epochs):
-            say(f"  {line}")
-    return folder
+    with locked(location(config.run.folder)):
+        folder = open_run(config)
+        hush(folder.log_file)
+        if goes_on:
+            say(f"going on with the run in {folder.root}")
+            for line in folder.describe(config.training.epochs):
+                say(f"  {line}")
+        yield folder
 
 
 def run_stage(folder: RunFolder, config: RunConfig, keep_engines: bool = False) -> None:

@@ -13,6 +13,7 @@ from rich.text import Text
 from cluster import memory, sections
 from cluster.config import RunConfig
 from cluster.errors import BadInputError
+from cluster.lock import refuse_held
 from cluster.run_folder import check_recipe
 from cluster.sections import Model
 from cluster.session import refuse_taken_port, refuse_too_few_cpus, starts_own_cluster
@@ -55,6 +56,7 @@ def plan_run(config: RunConfig) -> Plan:
     plan = Plan()
     plan.rows.append(("on", _whereabouts(config)))
     folder = plan.check(lambda: check_recipe(config))
+    plan.check(lambda: refuse_held(location(config.run.folder)))
     if starts_own_cluster(config):
         plan.check(lambda: refuse_taken_port(config.serving.host, config.serving.port))
         plan.check(lambda: refuse_too_few_cpus(config))

@@ -45,6 +45,26 @@ def free_port() -> Callable[[], int]:
     return find
 
 
+@pytest.fixture
+def bucket(monkeypatch):
+    """The URL of an empty bucket on an S3 server of this machine."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+    from s3fs import S3FileSystem
+
+    S3FileSystem.clear_instance_cache()  # which would go to the server of another test
+    server = ThreadedMotoServer(port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    boto3.client("s3").create_bucket(Bucket="bucket")
+    yield "s3://bucket"
+    server.stop()
+
+
 class ChatServer:
     """A real HTTP server that speaks OpenAI's form, and remembers what it was asked.
 

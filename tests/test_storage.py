@@ -5,10 +5,8 @@ import sys
 import uuid
 from pathlib import Path
 
-import boto3
 import pyarrow as pa
 import pytest
-from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
 from cluster.errors import BadInputError, RunError
@@ -33,22 +31,6 @@ def target(request, tmp_path):
     if request.param == "local":
         return location(str(tmp_path / "target"))
     return location(f"memory://{uuid.uuid4().hex}/target")
-
-
-@pytest.fixture
-def bucket(monkeypatch):
-    """The URL of an empty bucket on an S3 server of this machine."""
-    S3FileSystem.clear_instance_cache()  # which would go to the server of another test
-    server = ThreadedMotoServer(port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    boto3.client("s3").create_bucket(Bucket="bucket")
-    yield "s3://bucket"
-    server.stop()
 
 
 @pytest.fixture

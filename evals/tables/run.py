@@ -40,7 +40,8 @@ def _run_cells(spec: TableSpec, cells: Sequence[Cell], missing: Sequence[Cell]) 
             say(f"cell {number} of {len(missing)}: {cell.name}")
             for config in cell.stages:
                 if not is_finished(config):  # as a part of another cell
-                    run_stage(open_stage(config), config, keep_engines=True)
+                    with open_stage(config) as folder:
+                        run_stage(folder, config, keep_engines=True)
             _write(spec, cells)
     finally:
         release_engines(missing[-1].stages[-1])
