@@ -12,5 +12,9 @@ class RunError(RuntimeError):
     """A run that cannot go on for a reason outside the configuration. Exit code 1."""
 
 
+class WorkersLostError(RunError):
+    """Training workers, or their nodes, are gone; training can go on with others."""
+
+
 class EngineNotReadyError(RunError):
     """An engine cannot answer now: it has not reloaded yet, or has died and is being replaced."""

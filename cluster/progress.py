@@ -171,9 +171,13 @@ def _bars() -> Progress:
 
 
 class Board:
-    """Holds what remote work reports, until the driver shows it. A Ray actor of no CPUs."""
+    """Between the driver and remote work: reports one way, a request to stop the other way.
+
+    A Ray actor of no CPUs, which holds the reports until the driver shows them.
+    """
 
     def __init__(self) -> None:
+        self._can_save = self._asked_to_stop = False
         self._lines: list[str] = []
         self._bars: dict[str, tuple[int, int, dict[str, float]]] = {}
 
@@ -184,6 +188,19 @@ class Board:
     def update(self, description: str, done: int, total: int, figures: dict[str, float]) -> None:
         """Keep the newest state of one piece of work."""
         self._bars[description] = (done, total, figures)
+
+    def set_can_save(self, can_save: bool) -> None:
+        """Whether remote work would now save what it has done when it is asked to stop."""
+        self._can_save = can_save
+
+    def ask_to_stop(self) -> bool:
+        """Ask remote work to save what it has done and to end; whether it would hear of it soon."""
+        self._asked_to_stop = True
+        return self._can_save
+
+    def asked_to_stop(self) -> bool:
+        """Whether remote work is to end."""
+        return self._asked_to_stop
 
     def take(self) -> tuple[list[str], dict[str, tuple[int, int, dict[str, float]]]]:
         """Give what came since the last call."""

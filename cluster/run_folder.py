@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -59,18 +60,19 @@ class RunFolder:
         """The published Hugging Face folder of the student after an epoch."""
         return self.root / "checkpoints" / f"epoch_{epoch:03d}"
 
-    def trainer_state(self, epoch: int) -> UPath:
-        """The published folder with optimizer and schedule after an epoch."""
-        return self.root / "trainer_state" / f"epoch_{epoch:03d}"
+    def trainer_state(self, step: int) -> UPath:
+        """The published folder of the trainer's weights and moments after so many steps."""
+        return self.root / "trainer_state" / f"step_{step:06d}"
 
-    def epochs_done(self, epochs: int) -> int:
-        """The last epoch that training can go on from: all, or one whose trainer state is there."""
-        if is_published(self.checkpoint(epochs)):
-            return epochs
-        for epoch in range(epochs - 1, 0, -1):
-            if is_published(self.checkpoint(epoch)) and is_published(self.trainer_state(epoch)):
-                return epoch
-        return 0
+    def saved_steps(self) -> list[int]:
+        """Steps after which the trainer's state is published, ascending."""
+        found = (self.root / "trainer_state").glob(f"step_*/{storage.MARKER}")
+        return sorted(int(marker.parent.name.removeprefix("step_")) for marker in found)
+
+    def epochs_published(self) -> int:
+        """How many epochs, from the first on, have their checkpoint."""
+        there = takewhile(lambda epoch: is_published(self.checkpoint(epoch)), count(1))
+        return sum(1 for _ in there)
 
     def evaluation(self, name: str) -> UPath:
         """The result of one model on one split."""
@@ -85,9 +87,10 @@ class RunFolder:
 
     def record(self, **values: Any) -> None:
         """Append one line to metrics.jsonl."""
-        start = "\n" if _ends_in_half_a_line(self.metrics_file) else ""
-        with self.metrics_file.open("a") as stream:
-            stream.write(start + json.dumps(values) + "\n")
+        with storage.writing(self.metrics_file):
+            start = "\n" if _ends_in_half_a_line(self.metrics_file) else ""
+            with self.metrics_file.open("a") as stream:
+                stream.write(start + json.dumps(values) + "\n")
 
     def records(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, without those that a full disk or a kill cut short."""
@@ -152,7 +155,7 @@ def open_run(config: RunConfig) -> RunFolder:
     Raises BadInputError where the folder holds a run of another recipe.
     """
     folder = check_recipe(config)
-    for place in (folder.pairs(1), folder.checkpoint(1), folder.trainer_state(1)):
+    for place in (folder.pairs(1), folder.checkpoint(1), folder.trainer_state(0)):
         storage.discard_staging(place.parent)
     resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     storage.write_text(folder.config_file, resolved)

@@ -105,9 +105,14 @@ def result_of(reference: Any, timeout_s: float | None = None) -> Any:
     try:
         return ray.get(reference, timeout=timeout_s)
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, BadInputError | RunError):
-            raise error.cause from None
-        raise
+        raise (own_error(error) or error) from None
+
+
+def own_error(error: BaseException | None) -> BaseException | None:
+    """The mistake or failure of ours that Ray, or its Data, has wrapped into errors of its own."""
+    while error is not None and not isinstance(error, BadInputError | RunError):
+        error = getattr(error, "cause", None) or error.__cause__
+    return error
 
 
 def refuse_taken_port(host: str, port: int) -> None:

@@ -5,11 +5,14 @@ marker lists each file's digest.
 """
 
 import hashlib
+import io
 import json
 import os
 import shutil
 import tempfile
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import pyarrow.parquet as pq
 from upath import UPath
 
 from cluster.errors import BadInputError, RunError
+from cluster.progress import say
 
 MARKER = "PUBLISHED.json"
 _CHUNK = 1 << 22
@@ -50,6 +54,21 @@ def failures() -> tuple[type[Exception], ...]:
     return OSError, BotoCoreError, ClientError
 
 
+@contextmanager
+def writing(path: UPath) -> Iterator[None]:
+    """Raise RunError, in one line, where the disk or the bucket does not take what is written."""
+    from safetensors import SafetensorError
+
+    refused: tuple[type[Exception], ...] = (*failures(), SafetensorError)
+    try:
+        yield
+    except refused as error:
+        raise RunError(
+            f"{path} cannot be written ({error}): free space or mend the storage, then run the "
+            "same command again; all that was saved before is kept"
+        ) from error
+
+
 def cache_folder() -> Path:
     """Where copies of remote files are kept: POTSTILL_CACHE, or ~/.cache/potstill."""
     return Path(os.environ.get("POTSTILL_CACHE") or Path.home() / ".cache" / "potstill")
@@ -76,6 +95,18 @@ def digest_text(*parts: str) -> str:
         encoded = part.encode()
         digest.update(len(encoded).to_bytes(8, "little") + encoded)
     return digest.hexdigest()
+
+
+@contextmanager
+def publishing(target: UPath) -> Iterator[Path]:
+    """A new empty folder to write files in; the end of the block publishes it at `target`."""
+    with writing(target):
+        staging = staging_folder(target)
+        try:
+            yield staging
+            publish_folder(staging, target)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def publish_folder(source: Path, target: UPath) -> None:
@@ -109,6 +140,24 @@ def discard_staging(parent: UPath) -> None:
 def is_published(folder: UPath) -> bool:
     """Whether `folder` was published whole."""
     return (folder / MARKER).exists()
+
+
+def is_whole(folder: UPath) -> bool:
+    """Whether a published folder still holds the bytes that it was published with."""
+    try:
+        digests = read_json(folder / MARKER)["files"]
+        return all(digest_file(folder / name) == digest for name, digest in digests.items())
+    except (FileNotFoundError, ValueError, KeyError):
+        return False
+
+
+def set_aside(path: UPath) -> None:
+    """Rename a damaged file or folder, so that it is made again and can still be looked at."""
+    say(f"{path} is damaged: set aside, what it held is made again")
+    if path.is_dir():
+        (path / MARKER).unlink(missing_ok=True)
+    name = f"{path.name}.damaged-{uuid.uuid4().hex[:8]}"
+    path.fs.mv(path.path, path.with_name(name).path, recursive=True)
 
 
 def staging_folder(target: UPath) -> Path:
@@ -169,13 +218,22 @@ def write_json(path: UPath, value: object) -> None:
 
 def write_text(path: UPath, text: str) -> None:
     """Write a text file; on a local disk it appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not is_local(path):
-        path.write_text(text)
-        return
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    partial.write_text(text)
-    partial.rename(path)
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: UPath, content: bytes) -> None:
+    """Write a file; on a local disk it appears whole or not at all, as objects do in a bucket."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not is_local(path):
+            path.write_bytes(content)
+            return
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        try:
+            partial.write_bytes(content)
+            partial.rename(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def read_json(path: UPath) -> Any:
@@ -185,16 +243,16 @@ def read_json(path: UPath) -> Any:
 
 def write_table(table: pa.Table, path: UPath) -> None:
     """Write a Parquet file; on a local disk it appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not is_local(path):
-        pq.write_table(table, path.path, filesystem=path.fs)
-        return
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    pq.write_table(table, partial.path)
-    partial.rename(path)
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
+    write_bytes(path, buffer.getvalue())
 
 
 def read_table(path: UPath) -> pa.Table:
     """Read a Parquet file, or all Parquet files of a folder in order of name."""
     files = sorted(path.glob("*.parquet"), key=str) if path.is_dir() else [path]
-    return pa.concat_tables([pq.read_table(file.path, filesystem=file.fs) for file in files])
+    tables = [
+        pq.read_table(file.path, filesystem=file.fs, page_checksum_verification=True)
+        for file in files
+    ]
+    return pa.concat_tables(tables)

@@ -11,6 +11,7 @@ from cluster.lock import locked
 from cluster.progress import console, hush, say, watched_board
 from cluster.run_folder import RunFolder, check_recipe, open_run
 from cluster.session import ray_session, result_of
+from cluster.soundness import set_aside_damaged
 from cluster.storage import location, write_json
 
 
@@ -60,6 +61,7 @@ def open_stage(config: RunConfig) -> Iterator[RunFolder]:
     with locked(location(config.run.folder)):
         folder = open_run(config)
         hush(folder.log_file)
+        set_aside_damaged(folder)
         if goes_on:
             say(f"going on with the run in {folder.root}")
             for line in folder.describe(config.training.epochs):

@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from cluster.errors import EngineNotReadyError
 from cluster.sections import Engines
+from cluster.session import own_error
 
 Answers = TypeVar("Answers")
 
@@ -65,7 +66,10 @@ def _run(
         batch_format="pyarrow",
         **options,
     )
-    yield from answered.iter_batches(batch_size=None, batch_format="pyarrow")
+    try:
+        yield from answered.iter_batches(batch_size=None, batch_format="pyarrow")
+    except ray.exceptions.RayError as error:
+        raise (own_error(error) or error) from None
 
 
 def ask_patiently(ask: Callable[[], Answers], patience_s: float) -> Answers:

@@ -1,9 +1,9 @@
 """Folders of models that are made on this machine, once, and anew when their recipe has changed."""
 
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from filelock import FileLock
 
@@ -57,16 +57,9 @@ def _is_ready(folder: Path, note: str) -> bool:
 def _prepare(target: Path, note: str, make: Callable[[Path, Path], None]) -> None:
     began = time.monotonic()
     place = storage.location(str(target))
-    staging = storage.staging_folder(place)
-    scratch = storage.staging_folder(place)
-    try:
-        make(staging, scratch)
-        (staging / _NOTE).write_text(note)
-        for file in staging.iterdir():
+    with TemporaryDirectory(dir=target.parent) as scratch, storage.publishing(place) as made:
+        make(made, Path(scratch))
+        (made / _NOTE).write_text(note)
+        for file in made.iterdir():
             file.chmod(0o644)  # weights are saved for their owner alone
-        storage.discard_folder(place)
-        storage.publish_folder(staging, place)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        shutil.rmtree(scratch, ignore_errors=True)
     say(f"  ready in {time.monotonic() - began:.0f} s: {target}")

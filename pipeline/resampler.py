@@ -15,7 +15,7 @@ from cluster.progress import attach, say
 from cluster.run_folder import RunFolder
 from cluster.sections import Model
 from cluster.session import uses_gpu
-from cluster.storage import is_published, publish_folder, staging_folder, write_table
+from cluster.storage import is_published
 from pipeline.anchors import asked_of, fit_pairs
 from pipeline.foreign import ForeignWriter, endpoint_keys, foreign_writer
 from pipeline.grading import (
@@ -216,11 +216,10 @@ class MixedPolicyResampler:
         return make_writer(name, reference, section, config, self._prompts[0].kind)
 
     def _publish(self, epoch: int, pairs: list[Pair], counts: dict[str, int]) -> None:
-        folder = self._run.pairs(epoch)
-        staging = staging_folder(folder)
-        write_table(to_table(Pair, pairs), storage.location(str(staging / "pairs.parquet")))
-        storage.write_json(storage.location(str(staging / COUNTS_FILE)), counts)
-        publish_folder(staging, folder)
+        with storage.publishing(self._run.pairs(epoch)) as folder:
+            place = storage.location(str(folder))
+            storage.write_table(to_table(Pair, pairs), place / "pairs.parquet")
+            storage.write_json(place / COUNTS_FILE, counts)
 
 
 def student_name(epoch: int) -> str:

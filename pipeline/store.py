@@ -4,7 +4,6 @@ A file counts once its marker, written after it, is there and names its digest. 
 not match its marker is set aside, and its rows are simply missing again.
 """
 
-import io
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,12 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from upath import UPath
 
-from cluster.progress import say
-from cluster.storage import digest_file, write_text
+from cluster.storage import digest_file, set_aside, write_table, write_text
 from pipeline.rows import SCHEMAS, Sample, Score, from_table, to_table
 
 _MARKER = ".ok"
-_DAMAGED = ".damaged"
 
 Stored = TypeVar("Stored", Sample, Score)
 
@@ -38,11 +35,8 @@ class _Store(Generic[Stored]):
         if not len(table):
             return
         folder = self._folder(table["model"][0].as_py())
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{uuid.uuid4().hex}.parquet"
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd")
-        path.write_bytes(buffer.getvalue())
+        write_table(table, path)
         write_text(_marker(path), digest_file(path))
 
     def keys(self, model: str) -> set[str]:
@@ -78,7 +72,8 @@ class _Store(Generic[Stored]):
                 if (folder / name).stat().st_size and _is_whole(folder / name):
                     yield self._read(folder / name, columns)
                 else:
-                    _set_aside(folder / name)
+                    _marker(folder / name).unlink()
+                    set_aside(folder / name)
 
     def _read(self, path: UPath, columns: list[str] | None) -> pa.Table:
         table = pq.read_table(path.path, filesystem=path.fs, columns=columns)
@@ -99,12 +94,6 @@ class ScoreStore(_Store[Score]):
 
 def _is_whole(path: UPath) -> bool:
     return digest_file(path) == _marker(path).read_text().strip()
-
-
-def _set_aside(path: UPath) -> None:
-    say(f"{path} is damaged: set aside, its rows will be made again")
-    _marker(path).unlink()
-    path.rename(path.with_name(path.name + _DAMAGED))
 
 
 def _marker(path: UPath) -> UPath:

@@ -62,6 +62,6 @@ def test_a_damaged_file_is_set_aside_and_its_samples_are_missing(store, tmp_path
     spoiled.write_bytes(damage(spoiled.read_bytes()))
     assert store.keys("m") == {"b"}
     assert "damaged" in capsys.readouterr().out
-    assert spoiled.with_name(spoiled.name + ".damaged").exists()
+    assert len(list(spoiled.parent.glob(f"{spoiled.name}.damaged-*"))) == 1
     store.write([sample("a")])
     assert store.keys("m") == {"a", "b"}

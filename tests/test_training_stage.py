@@ -16,7 +16,8 @@ from cluster import storage
 from cluster.config import parse_config
 from cluster.errors import RunError
 from cluster.run_folder import RunFolder
-from training import worker
+from training import stage, worker
+from training.optimizer_state import discard_states, newest_state
 from training.stage import _failure_config, _interruptible, _run
 
 
@@ -32,14 +33,22 @@ def publish(*targets):
         storage.publish_folder(staging, target)
 
 
-def test_training_goes_on_from_an_epoch_with_checkpoint_and_state(run):
-    assert run.epochs_done(3) == 0
-    publish(run.checkpoint(1), run.trainer_state(1), run.checkpoint(2))
-    assert run.epochs_done(3) == 1
-    publish(run.trainer_state(2))
-    assert run.epochs_done(3) == 2
-    publish(run.checkpoint(3))
-    assert run.epochs_done(3) == 3
+def test_training_goes_on_from_the_newest_whole_state(run, capsys):
+    assert newest_state(run, 1000) == 0
+    publish(run.trainer_state(3), run.trainer_state(120))
+    (run.trainer_state(500) / "file").parent.mkdir(parents=True)  # half written
+    assert newest_state(run, 1000) == 120
+    (run.trainer_state(120) / "file").write_text("y")
+    assert newest_state(run, 1000) == 3
+    assert newest_state(run, 2) == 0, "the student of an epoch before is gone"
+    assert "step_000120 is damaged: set aside" in capsys.readouterr().out
+    assert len(list(run.root.glob("trainer_state/step_000120.damaged-*"))) == 1
+
+
+def test_states_go_only_when_a_later_one_is_there(run):
+    publish(*map(run.trainer_state, (3, 6, 9)))
+    discard_states(run, before=9)
+    assert run.saved_steps() == [9]
 
 
 @pytest.fixture
@@ -48,8 +57,8 @@ def start_worker(run, monkeypatch):
     told = []
 
     class FakeWorker:
-        def __init__(self, assignment, done, rank, workers):
-            told.append((done, os.environ["DS_ACCELERATOR"]))
+        def __init__(self, assignment, rank, workers):
+            told.append(os.environ["DS_ACCELERATOR"])
 
         def train(self):
             pass
@@ -78,17 +87,16 @@ def start_worker(run, monkeypatch):
     return start
 
 
-def test_a_worker_that_is_started_anew_goes_on_from_what_is_published_then(run, start_worker):
-    assert start_worker() == [(0, "cpu")]
-    publish(run.checkpoint(1), run.trainer_state(1))
-    assert start_worker() == [(1, "cpu")]
+def test_a_worker_that_is_started_anew_has_nothing_to_do_once_all_is_published(run, start_worker):
+    publish(run.checkpoint(1))
+    assert start_worker() == ["cpu"]
     publish(run.checkpoint(2))
-    assert start_worker() == [], "nothing is left"
+    assert start_worker() == []
 
 
 def test_deepspeed_runs_on_what_the_run_decided(start_worker):
-    assert start_worker(on_gpu=True) == [(0, "cuda")]
-    assert start_worker(on_gpu=False) == [(0, "cpu")]
+    assert start_worker(on_gpu=True) == ["cuda"]
+    assert start_worker(on_gpu=False) == ["cpu"]
 
 
 STARTUP = ControllerError(WorkerGroupStartupTimeoutError(2))
@@ -142,6 +150,31 @@ def test_a_worker_that_ray_ended_for_its_memory_gets_advice():
     killed = RayActorError(error_msg="1 Workers (tasks / actors) killed due to memory pressure")
     with pytest.raises(RunError, match=r"ran out of memory.*training\.micro_batch"):
         _run(trainer(raises(WorkerGroupError("died", {0: killed}))))
+
+
+def test_training_goes_on_where_workers_were_lost_and_not_where_it_failed(run, monkeypatch):
+    config = parse_config(
+        {
+            "run": {"folder": str(run.root)},
+            "task": {"name": "gsm8k"},
+            "teacher": {"model": "a"},
+            "student": {"model": "b"},
+            "training": {"restarts": 2},
+        },
+        "test",
+    )
+    gone, tries = RayActorError(error_msg="the node died"), []
+
+    def fit(failure):
+        tries.append(failure)
+        _run(trainer(raises(WorkerGroupError("died", {0: RuntimeError("peer"), 1: failure}))))
+
+    for failure, expected in ((gone, 3), (ValueError("shapes differ"), 1)):
+        tries.clear()
+        monkeypatch.setattr(stage, "_fit", lambda *_, failure=failure: fit(failure))
+        with pytest.raises(RunError):
+            stage.train(run, config, None)
+        assert len(tries) == expected
 
 
 def test_ctrl_c_in_training_is_an_interruption_and_so_it_is_after_it():

@@ -14,6 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cluster import storage
+from cluster.run_folder import RunFolder
 from training.engine import TrainingEngine
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -22,18 +24,18 @@ _FILE_BYTES = 1 << 31
 _INDEX = "state.json"
 
 
-def save_state(engine: TrainingEngine, folder: Path, step: int, write: bool) -> None:
-    """Write the state after `step` optimizer steps. Every worker calls this, one has `write`."""
+def save_state(engine: TrainingEngine, folder: Path | None, step: int) -> None:
+    """Write the state after `step` optimizer steps. Every worker calls this, one with a folder."""
     files: dict[str, int] = {}
     held: dict[str, Tensor] = {}
     for name, parameter in _trained(engine):
         for part in _PARTS:
             value = _read(engine, parameter, part)
-            if write:
+            if folder:
                 held[f"{name}:{part}"] = value.detach().to("cpu", torch.float32, copy=True)
-        if sum(value.nbytes for value in held.values()) > _FILE_BYTES:
+        if folder and sum(value.nbytes for value in held.values()) > _FILE_BYTES:
             _flush(held, folder, files)
-    if write:
+    if folder:
         _flush(held, folder, files)
         (folder / _INDEX).write_text(json.dumps({"step": step, "files": files}))
 
@@ -49,6 +51,27 @@ def load_state(engine: TrainingEngine, folder: Path) -> int:
             with safe_open(folder / saved[key], framework="pt") as file:
                 _write(engine, parameter, part, file.get_tensor(key))
     return index["step"]
+
+
+def newest_state(run: RunFolder, limit: int) -> int:
+    """The last step up to `limit` whose state is whole, 0 where there is none.
+
+    Damaged states are set aside.
+    """
+    for step in reversed(run.saved_steps()):
+        if step > limit:
+            continue
+        if storage.is_whole(run.trainer_state(step)):
+            return step
+        storage.set_aside(run.trainer_state(step))
+    return 0
+
+
+def discard_states(run: RunFolder, before: int) -> None:
+    """Remove the states of steps before `before`."""
+    for step in run.saved_steps():
+        if step < before:
+            storage.discard_folder(run.trainer_state(step))
 
 
 def _trained(engine: TrainingEngine) -> Iterator[tuple[str, nn.Parameter]]:

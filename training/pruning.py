@@ -70,15 +70,11 @@ def prune_model(reference: str, ratio: float, out: str, texts: Path | None = Non
     kept = choose_widths(prunable, ratio)
     _check_memory(reference, prunable)
     _say_plan(reference, prunable, kept)
-    staging = storage.staging_folder(place)
-    try:
-        measured = _prune_into(staging, folder, prunable, kept, calibration)
+    with storage.publishing(place) as made:
+        measured = _prune_into(made, folder, prunable, kept, calibration)
         pruned = _figures(prunable, kept, ratio, measured)
-        _write_figures(staging, folder, pruned, calibration)
+        _write_figures(made, folder, pruned, calibration)
         _check_out(place)  # what another process wrote meanwhile is not ours to replace
-        storage.publish_folder(staging, place)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     _say_result(pruned, place, time.monotonic() - began)
     return pruned
 

@@ -1,9 +1,11 @@
 """The training stage: one Ray Train run over all epochs that are left."""
 
+import _thread
 import os
 import re
 import signal
 import tempfile
+import threading
 import traceback
 import uuid
 from collections.abc import Iterator
@@ -11,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from cluster.config import RunConfig
-from cluster.errors import BadInputError, RunError
+from cluster.errors import BadInputError, RunError, WorkersLostError
 from cluster.progress import say
 from cluster.run_folder import RunFolder
 
@@ -28,14 +30,19 @@ def train(run: RunFolder, config: RunConfig, resampler: Any, board: Any = None) 
     prepare_epoch(e) publishes those of epoch e, `board` one that shows progress. Goes on after the
     last published checkpoint. Raises RunError where training cannot go on.
     """
+    from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
+
     epochs = config.training.epochs
-    done = run.epochs_done(epochs)
-    if done == epochs:
+    if run.epochs_published() >= epochs:
         say(f"training: the checkpoints of all {epochs} epochs are there, nothing to train")
         return
-    if done:
-        say(f"training: going on after epoch {done} of {epochs}, with its optimizer state")
-    _fit(run, config, resampler, board)
+    tries = Retrying(
+        retry=retry_if_exception_type(WorkersLostError),
+        stop=stop_after_attempt(1 + config.training.restarts),
+        before_sleep=lambda state: say(f"{state.outcome and state.outcome.exception()}"),
+        reraise=True,
+    )
+    tries(_fit, run, config, resampler, board)
 
 
 def _fit(run: RunFolder, config: RunConfig, resampler: Any, board: Any) -> None:
@@ -48,6 +55,8 @@ def _fit(run: RunFolder, config: RunConfig, resampler: Any, board: Any) -> None:
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _WORKER_START_TIMEOUT_S)
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # relative paths mean the same in every process
     training, on_gpu = config.training, uses_gpu(config)
+    if steps := run.saved_steps():
+        say(f"training: going on after step {steps[-1]}, with the optimizer's state")
     say(f"training: starting {training.workers} worker(s)")
     scaling = ray.train.ScalingConfig(
         num_workers=training.workers,
@@ -69,7 +78,7 @@ def _fit(run: RunFolder, config: RunConfig, resampler: Any, board: Any) -> None:
                 failure_config=_failure_config(),
             ),
         )
-        with _interruptible():
+        with _stoppable(board), _interruptible():
             _run(trainer)
 
 
@@ -80,6 +89,38 @@ def _failure_config() -> Any:
     return FailureConfig(  # type: ignore[call-arg]  # declared as that of version 1
         max_failures=0, controller_failure_limit=0, max_preemption_failures=_LOST_NODES
     )
+
+
+@contextmanager
+def _stoppable(board: Any) -> Iterator[None]:
+    """Let a first SIGTERM within the block save the trainer's state before it ends the run."""
+    import ray
+
+    if board is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked = False
+
+    def ask() -> None:
+        # In the midst of pairs or of the start there is nothing that is not saved.
+        if not ray.get(board.ask_to_stop.remote()):
+            _thread.interrupt_main()
+
+    def stop(*_: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        say("asked to stop: saving the trainer's state first")
+        threading.Thread(target=ask, daemon=True).start()
+
+    handler = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    if asked:
+        raise KeyboardInterrupt
 
 
 @contextmanager
@@ -95,6 +136,7 @@ def _interruptible() -> Iterator[None]:
 
 
 def _run(trainer: Any) -> None:
+    import ray
     from ray.train import ControllerError, TrainingFailedError
 
     try:
@@ -107,13 +149,19 @@ def _run(trainer: Any) -> None:
             for cause in (failure, failure.__cause__):
                 if isinstance(cause, BadInputError | RunError):
                     raise cause from None
-        raise RunError(_in_short(error)) from error
+        lost = any(isinstance(found, ray.exceptions.RayActorError) for found in failures.values())
+        kind = WorkersLostError if lost and not _OUT_OF_MEMORY.search(_told(error)) else RunError
+        raise kind(_in_short(error)) from error
+
+
+def _told(error: Exception) -> str:
+    return "\n".join(map(str, [error, *getattr(error, "worker_failures", {}).values()]))
 
 
 def _in_short(error: Exception) -> str:
     """One line on what Ray tells in pages; the pages go to the log."""
     traceback.print_exception(error)
-    told = "\n".join(map(str, [error, *getattr(error, "worker_failures", {}).values()]))
+    told = _told(error)
     if _OUT_OF_MEMORY.search(told):
         return (
             "training failed: a node ran out of memory, and a worker on it was ended. Run again "

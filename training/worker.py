@@ -2,15 +2,13 @@
 
 import os
 import time
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
-from random import Random
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 
 from cluster import storage
@@ -20,23 +18,16 @@ from cluster.progress import attach, progress
 from cluster.run_folder import RunFolder
 from cluster.session import result_of
 from pipeline.chat import Chat, load_chat
-from pipeline.logprobs import shares_prompts
 from pipeline.models import resolve_model
-from training.batches import MicroBatch, TokenPair, count_batch, global_batches, micro_batches
+from training.batches import global_batches
 from training.checkpoints import gather_weights, write_checkpoint
-from training.engine import TrainingEngine, load_student, load_teacher, use_threads
+from training.engine import use_threads
 from training.examples import Examples
-from training.finite import FiniteCheck
-from training.objectives import Objective
-from training.optimizer_state import load_state, save_state
-from training.schedule import count_steps, learning_rate
-from training.step import (
-    Totals,
-    accumulate,
-    collate_pairs,
-    describe_step,
-    log_ratio_to_unrelated,
-)
+from training.optimizer_state import discard_states, load_state, newest_state, save_state
+from training.schedule import count_steps
+from training.stepping import Stepper, Wishes, Workers
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -51,7 +42,7 @@ class Assignment:
 
 
 def train_worker(settings: dict[str, Assignment]) -> None:
-    """Train all epochs that are left. Runs on every worker, also on one that is started anew."""
+    """Train all that is left. Runs on every worker, also on one that is started anew."""
     import ray.train
 
     context = ray.train.get_context()
@@ -60,56 +51,66 @@ def train_worker(settings: dict[str, Assignment]) -> None:
     if not assignment.on_gpu:
         use_threads(assignment.config.training, context.get_local_world_size())
     attach(assignment.board)
-    epochs = assignment.config.training.epochs
-    done = assignment.run.epochs_done(epochs)
-    if done < epochs:
-        Worker(assignment, done, context.get_world_rank(), context.get_world_size()).train()
+    if assignment.run.epochs_published() < assignment.config.training.epochs:
+        Worker(assignment, context.get_world_rank(), context.get_world_size()).train()
 
 
 class Worker:
-    """One worker's model, its place among the workers, and the schedule that all share."""
+    """One worker's way through the epochs: pairs, steps, the trainer's state, checkpoints."""
 
-    def __init__(self, assignment: Assignment, done: int, rank: int, workers: int) -> None:
-        self.run, self.config, self.done = assignment.run, assignment.config, done
-        self.assignment, self.rank, self.workers = assignment, rank, workers
-        self.training = self.config.training
+    def __init__(self, assignment: Assignment, rank: int, workers: int) -> None:
+        self.run, self.config = assignment.run, assignment.config
+        self.assignment, self.training = assignment, assignment.config.training
         # A group of its own for what the CPU decides; it also has barriers with a time limit.
         self.control = dist.new_group(backend="gloo", timeout=self._patience)
-        self.base = resolve_model(self.config.student.model)
+        self.first, self.rank = rank == 0, rank
         student = self.config.student
+        self.base = resolve_model(student.model)
         self.chat: Chat = load_chat(self.base, student.chat_template, student.trust_remote_code)
         self.pairs_per_epoch = len(self._examples(1))
         self.steps = count_steps(
             self.pairs_per_epoch, self.training.global_batch, self.training.steps_per_epoch
         )
-        torch.manual_seed(self.config.run.seed)
-        model = load_student(self.base, self.config)
-        self.engine = TrainingEngine(model, self.training, workers)
-        self.finite = FiniteCheck(model.parameters())
-        self.teacher = load_teacher(self.config, self.chat, self.engine.deepspeed.device)
-        readers = [model, *([self.teacher.model] if self.teacher else [])]
-        self.share_prompts = all(shares_prompts(reader.config) for reader in readers)
-        self._resume()
+        place = Workers(rank, workers, self.control)
+        self.stepper = Stepper(self.config, self.base, self.chat, place)
+        self.step = self.saved_step = self._resume()
+        self.saved_at = time.monotonic()
 
     @property
     def _patience(self) -> timedelta:
         return timedelta(seconds=self.training.resample_timeout_s)
 
-    def _resume(self) -> None:
-        if self.done:
-            saved = storage.fetch_folder(self.run.trainer_state(self.done), storage.cache_folder())
-            step, expected = load_state(self.engine, saved), self.done * self.steps
-            assert step == expected, f"state of step {step}, expected {expected}"
+    def _resume(self) -> int:
+        """Take up the newest whole state of the trainer. Returns its step, 0 for a fresh start."""
+        # A student that is gone is made again, on the way that led to it.
+        limit = self.steps * (self.run.epochs_published() + 1)
+        step = self._from_first(lambda: newest_state(self.run, limit))
+        if step:
+            folder = storage.fetch_folder(self.run.trainer_state(step), storage.cache_folder())
+            assert load_state(self.stepper.engine, folder) == step
+        return step
+
+    def _from_first(self, look: Callable[[], Found]) -> Found:
+        """What worker 0 sees, on all: storage may show two workers different things."""
+        seen: list[Any] = [look() if self.first else None]
+        dist.broadcast_object_list(seen, group=self.control)
+        return seen[0]
 
     def train(self) -> None:
-        """Train every epoch that is left."""
-        for epoch in range(self.done + 1, self.training.epochs + 1):
+        """Train what is left of all epochs, or until the run is asked to stop."""
+        done, into_epoch = divmod(self.step, self.steps)
+        if done and not into_epoch:
+            self._publish(done)  # of a try that was ended after it saved its state
+        for epoch in range(done + 1, self.training.epochs + 1):
             self._await_pairs(epoch)
-            self._train_epoch(epoch)
+            if not self._train_epoch(epoch):
+                return
+            if epoch < self.training.epochs:
+                self._save()
             self._publish(epoch)
 
     def _await_pairs(self, epoch: int) -> None:
-        if self.rank == 0 and not storage.is_published(self.run.pairs(epoch)):
+        if self.first and not storage.is_published(self.run.pairs(epoch)):
             self._ask_for_pairs(epoch)
         try:
             # The others may wait since worker 0 began to publish, and its own error says more.
@@ -136,104 +137,78 @@ class Worker:
     def _examples(self, epoch: int) -> Examples:
         return Examples(self.run, epoch, self.config, self.chat)
 
-    def _train_epoch(self, epoch: int) -> None:
+    def _train_epoch(self, epoch: int) -> bool:
+        """Take the steps that are left of an epoch. Whether it came to its end."""
         examples = self._examples(epoch)
         if len(examples) != self.pairs_per_epoch:
             raise RunError(
                 f"epoch {epoch} has {len(examples)} pairs, expected {self.pairs_per_epoch} as in "
                 f"epoch 1, on which the learning rate's schedule rests: look at {self.run.pairs(1)}"
             )
-        # Dropout then repeats in a run that was interrupted.
-        torch.manual_seed(Random(f"{self.config.run.seed}/{epoch}/{self.rank}").getrandbits(63))
         size, steps = self.training.global_batch, self.training.steps_per_epoch
         batches = global_batches(len(examples), size, self.config.run.seed, epoch, steps)
-        title = f"epoch {epoch}/{self.training.epochs}"
-        shown = self.rank == 0 and self.assignment.board is not None
-        with progress(title, self.steps) if shown else nullcontext() as bar:
-            for number, indices in enumerate(batches, 1):
-                figures = self._step(epoch, number, [examples[index] for index in indices])
-                if self.rank == 0:
+        left = batches[self.step - (epoch - 1) * self.steps :]
+        of = self.steps * self.training.epochs
+        with self._shown(epoch, len(batches) - len(left)) as bar:
+            for indices in left:
+                self.step += 1
+                batch = [examples[index] for index in indices]
+                wishes, figures = self.stepper.take(self.step, of, batch, self._wishes())
+                if self.first:
                     self.run.record(stage="train", epoch=epoch, **figures)
                 if bar:
                     bar.advance(1, **{n: figures[n] for n in ("loss", "margin") if n in figures})
+                if wishes.save:
+                    self._save()
+                if wishes.stop:
+                    return False
+        return True
 
-    def _step(self, epoch: int, number: int, batch: list[TokenPair]) -> dict[str, float]:
-        started, training = time.monotonic(), self.training
-        step = (epoch - 1) * self.steps + number
-        objective = self._objective(batch)
-        totals = self._forward_backward(batch, objective)
-        self._stop_if_not_finite(step)
-        totals.reduce(self.control)
-        total = self.steps * training.epochs
-        rate = learning_rate(step, total, training.learning_rate, training.warmup_share)
-        norm = self.engine.step(rate)
-        figures = describe_step(totals, objective)
-        speed = figures.pop("tokens") / (time.monotonic() - started)
-        return (
-            {"step": step, "steps": total}
-            | figures
-            | {
-                "grad_norm": norm,
-                "learning_rate": rate,
-                "tokens_per_second": speed,
-            }
-        )
+    @contextmanager
+    def _shown(self, epoch: int, done: int) -> Iterator[Any]:
+        """A bar of the epoch on worker 0, whose state is meanwhile saved on request."""
+        board = self.assignment.board
+        if not self.first or board is None:
+            yield None
+            return
+        board.set_can_save.remote(True)
+        try:
+            with progress(f"epoch {epoch}/{self.training.epochs}", self.steps) as bar:
+                bar.advance(done)
+                yield bar
+        finally:
+            board.set_can_save.remote(False)
 
-    def _objective(self, batch: list[TokenPair]) -> Objective:
-        counts = count_batch(batch, self.training.nll_scope == "full")
-        if self.training.method != "kto":
-            return Objective(self.training, counts, teacher=self.teacher)
-        share = self._share(batch)
-        divergence = log_ratio_to_unrelated(self.engine.scorer, share, self.chat.pad_id)
-        dist.all_reduce(divergence, group=self.control)
-        return Objective(self.training, counts, divergence / counts.pairs, self.teacher)
+    def _wishes(self) -> Wishes | None:
+        """Worker 0's, for after the step that comes."""
+        import ray
 
-    def _share(self, batch: list[TokenPair]) -> list[MicroBatch]:
-        return micro_batches(batch, self.training.micro_batch, self.workers, self.rank)
+        if not self.first:
+            return None
+        board = self.assignment.board
+        stop = board is not None and ray.get(board.asked_to_stop.remote())
+        due = time.monotonic() - self.saved_at >= 60 * self.training.save_minutes
+        return Wishes(save=stop or due, stop=stop)
 
-    def _forward_backward(self, batch: list[TokenPair], objective: Objective) -> Totals:
-        collator = partial(
-            collate_pairs,
-            pad_id=self.chat.pad_id,
-            share_prompts=self.share_prompts,
-            score_prompt=self.training.nll_scope == "full",
-        )
-
-        def backward(loss: torch.Tensor, micro: MicroBatch) -> None:
-            self.engine.backward(loss)
-            self.finite.add(loss, micro)
-
-        share = self._share(batch)
-        return accumulate(self.engine.scorer, share, objective, collator, backward)
-
-    def _stop_if_not_finite(self, step: int) -> None:
-        gathered: list[Any] = [None] * self.workers
-        dist.all_gather_object(gathered, self.finite.offenders(), group=self.control)
-        prompt_ids = [prompt_id for found in gathered for prompt_id in found]
-        if prompt_ids:
-            raise RunError(
-                f"step {step}: the loss or a gradient is not finite, so the step was not taken. "
-                f"The pairs are among those of prompts {', '.join(prompt_ids)}: look at them in "
-                f"{self.run.root / 'pairs'}, lower training.learning_rate, or set "
-                "training.odds_gradient_cap"
-            )
+    def _save(self) -> None:
+        """Publish the trainer's state; only then those before it go."""
+        if self.saved_step == self.step:
+            return
+        target = self.run.trainer_state(self.step)
+        with storage.publishing(target) if self.first else nullcontext() as folder:
+            save_state(self.stepper.engine, folder, self.step)
+        if self.first:
+            discard_states(self.run, before=self.step)
+        self.saved_step, self.saved_at = self.step, time.monotonic()
 
     def _publish(self, epoch: int) -> None:
-        """Publish state, then checkpoint: an epoch is done once both are there."""
-        first = self.rank == 0
-        last = epoch == self.training.epochs
-        if not last:
-            target = self.run.trainer_state(epoch)
-            staging = storage.staging_folder(target) if first else Path()
-            save_state(self.engine, staging, epoch * self.steps, write=first)
-            if first:
-                storage.publish_folder(staging, target)
-        weights = gather_weights(self.engine.model, keep=first)
-        if first:
-            target = self.run.checkpoint(epoch)
-            staging = storage.staging_folder(target)
-            trusted = self.config.student.trust_remote_code
-            write_checkpoint(staging, self.base, weights, self.chat, trusted)
-            storage.publish_folder(staging, target)
-            for earlier in range(1, epoch + last):
-                storage.discard_folder(self.run.trainer_state(earlier))
+        """Publish the student, unless an earlier try has, whose negatives may be drawn already."""
+        target = self.run.checkpoint(epoch)
+        if not self._from_first(partial(storage.is_published, target)):
+            weights = gather_weights(self.stepper.engine.model, keep=self.first)
+            if self.first:
+                trusted = self.config.student.trust_remote_code
+                with storage.publishing(target) as folder:
+                    write_checkpoint(folder, self.base, weights, self.chat, trusted)
+        if self.first and epoch == self.training.epochs:
+            discard_states(self.run, before=self.step + 1)

@@ -90,5 +90,10 @@ class Training(Section):
     """What ZeRO moves to the host's memory; parameters includes the optimizer, at stage 3."""
     gradient_checkpointing: Execution[bool] = False
     """Recompute activations in the backward pass, for less memory and a third more time."""
+    save_minutes: Execution[PositiveFloat] = 30
+    """Save the trainer's state so often within an epoch; it is always saved between two epochs, and
+    when the run is told to stop (SIGTERM)."""
+    restarts: Execution[NonNegativeInt] = 3
+    """How often training goes on by itself after a worker, or its node, was lost."""
     resample_timeout_s: Execution[PositiveFloat] = 3600
     """How long workers wait for the next epoch's pairs before they stop with a diagnosis."""

@@ -7,8 +7,10 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 import torch
@@ -19,6 +21,7 @@ from upath import UPath
 from cluster import storage
 from cluster.config import RunConfig, parse_config
 from cluster.errors import RunError
+from cluster.progress import watched_board
 from cluster.run_folder import RunFolder
 from cluster.session import NO_DASHBOARD
 from pipeline.anchors import asked_of
@@ -196,7 +199,7 @@ def test_a_checkpoint_is_an_ordinary_model_and_only_it_is_kept(reference, tiny_l
     for name, tensor in _weights(reference, 2).items():
         torch.testing.assert_close(model.state_dict()[name], tensor, atol=0, rtol=0)
     assert model.dtype == torch.float32
-    assert not reference.trainer_state(1).exists()
+    assert reference.saved_steps() == []
     assert not list(reference.root.glob("*/.staging*/*"))
 
 
@@ -208,7 +211,7 @@ def halted(tiny_llama, tmp_path_factory) -> RunFolder:
     config = _config(run.root, tiny_llama, resample_timeout_s=15)
     with pytest.raises(RunError, match=r"pairs of epoch 2 did not come within 15 s: raise"):
         train(run, config, WritesPairs.remote(run, delay=60))
-    assert run.epochs_done(2) == 1, "what was trained before is not lost"
+    assert run.saved_steps() == [3], "what was trained before is not lost"
     storage.discard_folder(run.pairs(2))
     return run
 
@@ -363,3 +366,71 @@ def test_ctrl_c_in_training_is_an_interruption(tiny_llama, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(run, _config(tmp_path, tiny_llama), WritesPairs.remote(run, delay=60))
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+LONG = {"epochs": 1, "steps_per_epoch": 150}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_llama, tmp_path_factory) -> RunFolder:
+    """A run of one long epoch."""
+    return _train(tmp_path_factory.mktemp("undisturbed"), tiny_llama, **LONG)
+
+
+def _at_step(run: RunFolder, step: int, act: Callable[[], None]) -> threading.Thread:
+    """Act as soon as a run has recorded a step."""
+
+    def wait() -> None:
+        while not run.metrics_file.exists() or len(_metrics(run)) < step:
+            time.sleep(0.02)
+        act()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def _assert_as_undisturbed(run: RunFolder, undisturbed: RunFolder) -> list[int]:
+    """Steps and losses are those of an undisturbed run; gives steps that were taken twice."""
+    steps = [line["step"] for line in _metrics(run)]
+    assert sorted(set(steps)) == list(range(1, 151))
+    losses = {line["step"]: line["loss"] for line in _metrics(undisturbed)}
+    assert {line["step"]: line["loss"] for line in _metrics(run)} == pytest.approx(losses, abs=1e-6)
+    _assert_same_weights(_weights(run, 1), _weights(undisturbed, 1), atol=1e-6)
+    return sorted({step for step in steps if steps.count(step) > 1})
+
+
+def test_sigterm_saves_in_the_midst_of_an_epoch(undisturbed, tiny_llama, tmp_path, capsys):
+    run, config = RunFolder(UPath(tmp_path)), _config(tmp_path, tiny_llama, **LONG)
+    _publish_pairs(run, 1)
+    _at_step(run, 20, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with watched_board() as board, pytest.raises(KeyboardInterrupt):
+        train(run, config, None, board)
+    assert "asked to stop: saving" in capsys.readouterr().out
+    done = len(_metrics(run))
+    assert run.saved_steps() == [done]
+    assert 20 <= done < 150
+    with watched_board() as board:
+        train(run, config, None, board)
+    assert _assert_as_undisturbed(run, undisturbed) == [], "no step is lost"
+
+
+def test_a_killed_worker_is_replaced_and_goes_on_from_the_last_saved_state(
+    undisturbed, tiny_llama, tmp_path
+):
+    run = RunFolder(UPath(tmp_path))
+    config = _config(tmp_path, tiny_llama, save_minutes=0.01, **LONG)
+    _publish_pairs(run, 1)
+
+    def kill_worker() -> None:
+        family = psutil.Process().children(recursive=True)
+        for process in family:
+            if process.name().startswith("ray::RayTrainW"):
+                process.kill()
+
+    killing = _at_step(run, 40, kill_worker)
+    train(run, config, None)
+    assert not killing.is_alive()
+    again = _assert_as_undisturbed(run, undisturbed)
+    assert 1 not in again, "it did not begin anew"
+    assert len(_metrics(run)) > 150 - 1

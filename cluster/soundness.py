@@ -1,0 +1,60 @@
+"""Whether what an earlier try of a run has written is still what it wrote.
+
+Disks lose power and bits. What is damaged is set aside, and the run makes it again.
+"""
+
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from upath import UPath
+
+from cluster.run_folder import RunFolder
+from cluster.storage import MARKER, is_whole, read_json, set_aside
+
+
+def set_aside_damaged(run: RunFolder) -> None:
+    """Look over all that a run holds but the trainer's states, which are proved when they are read.
+
+    Folders by the digests in their markers, Parquet by the checksums of its pages.
+    """
+    for marker in _sorted(run.root, f"checkpoints/*/{MARKER}"):
+        _check(marker.parent, is_whole(marker.parent))
+    for path in _sorted(run.root, "completions/*.parquet"):
+        _check(path, _is_table(path))
+    for marker in _sorted(run.root, f"pairs/*/{MARKER}"):
+        scores = run.root / "scores" / f"{marker.parent.name}.parquet"
+        # Scores are made with the pairs, and only with them.
+        sound = not scores.exists() or _check(scores, _is_table(scores))
+        if not is_whole(marker.parent) or not sound:
+            set_aside(marker.parent)
+    for result in _sorted(run.root, "evals/*.json"):
+        answers = result.with_suffix(".parquet")
+        _check(result, _is_json(result) and (not answers.exists() or _is_table(answers)))
+
+
+def _sorted(root: UPath, pattern: str) -> Iterator[UPath]:
+    return iter(sorted(root.glob(pattern), key=str))
+
+
+def _check(path: UPath, sound: bool) -> bool:
+    if not sound:
+        set_aside(path)
+    return sound
+
+
+def _is_table(path: UPath) -> bool:
+    found = pa.BufferReader(path.read_bytes())  # storage that fails is no damage: let it raise
+    try:
+        pq.read_table(found, page_checksum_verification=True)
+    except (pa.ArrowException, OSError):
+        return False
+    return True
+
+
+def _is_json(path: UPath) -> bool:
+    try:
+        read_json(path)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,91 @@
+"""What was damaged on the disk since an earlier try is set aside, and nothing else is."""
+
+import pyarrow as pa
+import pytest
+
+from cluster.run_folder import RunFolder
+from cluster.soundness import set_aside_damaged
+from cluster.storage import location, publishing, write_json, write_table
+
+FILES = {
+    "checkpoint": "checkpoints/epoch_001/model.safetensors",
+    "marker": "checkpoints/epoch_002/PUBLISHED.json",
+    "pairs": "pairs/epoch_001/pairs.parquet",
+    "scores": "scores/epoch_002.parquet",
+    "completions": "completions/teacher.parquet",
+    "result": "evals/base_test.json",
+    "answers": "evals/teacher_test.parquet",
+}
+GONE = {  # what is made again, where it is not the damaged file itself
+    "checkpoint": ["checkpoints/epoch_001"],
+    "marker": ["checkpoints/epoch_002"],
+    "pairs": ["pairs/epoch_001"],
+    "scores": ["scores/epoch_002.parquet", "pairs/epoch_002"],
+    "answers": ["evals/teacher_test.json"],
+}
+TABLE = pa.table({"key": [f"key {number}" for number in range(1000)]})
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with a little of everything."""
+    run = RunFolder(location(str(tmp_path / "run")))
+    for epoch in (1, 2):
+        with publishing(run.pairs(epoch)) as folder:
+            write_table(TABLE, location(str(folder / "pairs.parquet")))
+        with publishing(run.checkpoint(epoch)) as folder:
+            (folder / "model.safetensors").write_bytes(bytes(1000))
+        write_table(TABLE, run.scores(epoch))
+    for name in ("base_test", "teacher_test"):
+        write_json(run.evaluation(name), {"accuracy": 1})
+        write_table(TABLE, run.evaluation(name).with_suffix(".parquet"))
+    write_table(TABLE, run.completions("teacher"))
+    return run
+
+
+def names(run):
+    found = {path.relative_to(run.root).as_posix() for path in run.root.rglob("*")}
+    return {name for name in found if ".damaged-" not in name}
+
+
+def flip(path):
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    path.write_bytes(whole)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def test_nothing_is_set_aside_where_all_is_sound(run, capsys):
+    before = names(run)
+    set_aside_damaged(run)
+    assert names(run) == before
+    assert capsys.readouterr().out == ""
+
+
+# A digit that changed in a JSON file is another digit; its length is what tells.
+DAMAGES = [
+    (what, damage)
+    for what in FILES
+    for damage in (flip, cut, empty)
+    if (what, damage) != ("result", flip)
+]
+
+
+@pytest.mark.parametrize(("what", "damage"), DAMAGES)
+def test_a_damaged_file_is_set_aside_with_what_was_made_with_it(run, what, damage, capsys):
+    before = names(run)
+    damage(run.root / FILES[what])
+    set_aside_damaged(run)
+    gone = before - names(run)
+    expected = GONE.get(what, [FILES[what]])
+    assert gone == {name for name in before if any(name.startswith(path) for path in expected)}
+    assert capsys.readouterr().out.count("is damaged: set aside") == len(expected)
+    kept = {path for path in run.root.rglob("*.damaged-*") if ".damaged-" in path.name}
+    assert len(kept) == len(expected), "still there to be looked at"
