@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from upath import UPath
 
 from cluster.progress import say
-from cluster.storage import digest_file, write_text
+from cluster.storage import digest_file, read_parquet, write_text
 from pipeline.rows import SCHEMAS, Sample, Score, from_table, to_table
 
 _MARKER = ".ok"
@@ -81,7 +81,7 @@ class _Store(Generic[Stored]):
                     _set_aside(folder / name)
 
     def _read(self, path: UPath, columns: list[str] | None) -> pa.Table:
-        table = pq.read_table(path.path, filesystem=path.fs, columns=columns)
+        table = read_parquet(path, columns)
         return table if columns else table.cast(SCHEMAS[self.row_type])
 
 

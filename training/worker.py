@@ -97,7 +97,9 @@ class Worker:
 
     def _resume(self) -> None:
         if self.done:
-            saved = storage.fetch_folder(self.run.trainer_state(self.done), storage.cache_folder())
+            state = self.run.trainer_state(self.done)
+            saved = storage.fetch_folder(state, storage.cache_folder())
+            storage.verify_folder(state, saved)
             step, expected = load_state(self.engine, saved), self.done * self.steps
             assert step == expected, f"state of step {step}, expected {expected}"
 
