@@ -300,7 +300,9 @@ def test_a_key_that_no_header_can_hold_is_refused_untold(key, monkeypatch):
 
 
 def test_an_evaluation_fits_the_endpoint():
-    with pytest.raises(BadInputError, match="evaluation.concurrency=300 is more .*concurrency=256"):
+    with pytest.raises(
+        BadInputError, match=r"evaluation.concurrency=300 is more .*concurrency=256"
+    ):
         config("127.0.0.1", evaluation={"concurrency": 300})
     config("127.0.0.1", evaluation={"concurrency": 300, "through": "engines"})
 
