@@ -1,5 +1,5 @@
 # Everything that a person types here. Each target sets up what it needs.
-.PHONY: help quickstart cross-family miniature test units integration check format lock clean
+.PHONY: help quickstart cross-family miniature test units integration check format lock audit clean
 INTEGRATION ?= $(shell ls -S tests/integration/test_*.py)
 export PYTHON
 
@@ -11,6 +11,7 @@ help:
 	@echo "make check         ruff and mypy"
 	@echo "make format        let ruff rewrite the code"
 	@echo "make lock          resolve pyproject.toml into requirements/ (UPGRADE=--upgrade: newest)"
+	@echo "make audit         look the locks up among known vulnerabilities (needs pypi.org)"
 	@echo "make clean         remove the environment and caches; runs and models stay"
 
 .venv/cpu.installed: requirements/cpu.txt requirements/install.sh pyproject.toml
@@ -58,6 +59,17 @@ format: .venv/cpu.installed .venv/dev.installed
 
 lock: .venv/cpu.installed .venv/dev.installed
 	sh requirements/lock.sh $(UPGRADE)
+
+.venv/audit/bin/pip-audit:
+	@$${PYTHON:-python3} -m venv .venv/audit
+	@.venv/audit/bin/python -m pip install --quiet pip-audit==2.10.1
+
+# Strict: pip-audit else calls safe what it could not look up. PyPI does not know local builds (+cpu).
+audit: .venv/audit/bin/pip-audit
+	@cat requirements/cpu.txt requirements/gemma.txt requirements/dev.txt | sed 's/+cpu$$//' \
+	    >.venv/audit/cpu.txt
+	@.venv/audit/bin/pip-audit --strict --disable-pip --no-deps -r .venv/audit/cpu.txt
+	@.venv/audit/bin/pip-audit --strict --disable-pip --no-deps -r requirements/gpu.txt
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -32,6 +32,10 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Options to change: section.key=value ...")
 ]
 Arm = Annotated[str | None, typer.Option(help="An arm of the papers, such as mixed_policy_orpo.")]
+KeyVariable = Annotated[
+    str | None,
+    typer.Option(help="Variable with the URL's key: POTSTILL_API_KEY, else OPENAI_API_KEY."),
+]
 RunPath = Annotated[str, typer.Argument(help="The folder or URL of a run.")]
 
 
@@ -114,12 +118,13 @@ def ask(
     kind: Annotated[
         str | None, typer.Option(help="Word it as in training: number, choice, boolean, open.")
     ] = None,
+    api_key_env: KeyVariable = None,
 ) -> None:
     """Ask a served model a question, and stream its answer."""
     from pipeline.rows import parse_kind
     from serving.client import ask as ask_model
 
-    ask_model(url, question, model, kind=parse_kind(kind))
+    ask_model(url, question, model, kind=parse_kind(kind), api_key_env=api_key_env)
 
 
 @app.command("eval")
@@ -137,6 +142,7 @@ def evaluate_one(
     answers: Annotated[Path | None, typer.Option(help="Write the answers here.")] = None,
     concurrency: Annotated[int, typer.Option(help="Requests under way at once.")] = 32,
     port: Annotated[int, typer.Option(help="Port on which a folder is served meanwhile.")] = 8000,
+    api_key_env: KeyVariable = None,
 ) -> None:
     """Evaluate a model on a task; the last line is one JSON object."""
     from evals.single import SingleEvaluation, evaluate_model
@@ -154,6 +160,7 @@ def evaluate_one(
         answers=answers,
         concurrency=concurrency,
         port=port,
+        api_key_env=api_key_env,
     )
     say(json.dumps(evaluate_model(wanted)))
 

@@ -5,9 +5,10 @@ from typing import Any, Self, get_args
 from pydantic import BaseModel, ValidationError, model_validator
 
 from cluster import sections
+from cluster.credentials import misplaced_credentials
 from cluster.errors import BadInputError
 from cluster.sections import EXECUTION, Section
-from cluster.teachers import impossible_judge, impossible_teachers
+from cluster.teachers import impossible_judge, impossible_teachers, option_of
 
 
 class RunConfig(Section):
@@ -33,7 +34,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
-        problems = _impossible_combinations(self) + impossible_teachers(self.teachers)
+        problems = misplaced_credentials(self.model_dump())
+        problems += _impossible_combinations(self) + impossible_teachers(self.teachers)
         if isinstance(self.task.verdict, sections.JudgeVerdict):
             problems += impossible_judge(self.task.verdict)
         if problems:
@@ -45,6 +47,16 @@ class RunConfig(Section):
         """All teachers in their order, by the names of their traces: teacher, teacher_2, ..."""
         further = {f"teacher_{n}": each for n, each in enumerate(self.further_teachers, start=2)}
         return {"teacher": self.teacher, **further}
+
+    @property
+    def trusted_code(self) -> dict[str, str]:
+        """The models whose own code may run, by the section that allows it."""
+        models: dict[str, sections.Model | None] = {
+            **{option_of(name): teacher for name, teacher in self.teachers.items()},
+            "student": self.student,
+            "base_student": self.base_student,
+        }
+        return {name: m.model for name, m in models.items() if m and m.trust_remote_code}
 
     @property
     def evaluation_tokens(self) -> int:
@@ -106,6 +118,11 @@ def _context_rules(config: RunConfig) -> list[Rule]:
             f"evaluation.max_new_tokens={config.evaluation_tokens} leaves no room for a prompt in "
             f"{part}.max_model_len={answering.max_model_len}: raise the context, or lower the "
             "tokens",
+        ),
+        (
+            not by_engines and config.evaluation.concurrency > serving.max_concurrency,
+            f"evaluation.concurrency={config.evaluation.concurrency} is more than the endpoint "
+            f"takes, serving.max_concurrency={serving.max_concurrency}: lower it, or raise that",
         ),
         (
             serving.gpus_per_model > 1 and not serving.gpus_per_model.is_integer(),

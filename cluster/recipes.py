@@ -39,7 +39,7 @@ def load_recipe(
     changes = _apply_arm(arm, raw, stages, _keys(overrides))
     for override in overrides or ():
         _apply_override(raw, stages, override)
-    changes += overrides or ()
+    changes += _names(overrides)
     source = " ".join([str(path), *["with"] * bool(changes), *changes])
     return [parse_config(raw, source)] if stages is None else _chain(raw, stages, source)
 
@@ -63,8 +63,13 @@ def _apply_arm(
     return [f"--arm {arm}"]
 
 
+def _names(overrides: Sequence[str] | None) -> list[str]:
+    """Overrides without their values, which may be a key that has no place here."""
+    return [override.partition("=")[0] for override in overrides or ()]
+
+
 def _keys(overrides: Sequence[str] | None) -> set[str]:
-    return {override.partition("=")[0] for override in overrides or ()}
+    return set(_names(overrides))
 
 
 def load_config(
@@ -157,24 +162,25 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _apply_override(raw: dict[str, Any], stages: dict[str, Any] | None, override: str) -> None:
     key, equals, text = override.partition("=")
+    shown = f"{key}=..." if equals else key  # a value may be a key that has no place here
     if not equals or "." not in key:
         raise BadInputError(
-            f"override {override!r} is not of the form section.key=value, such as training.epochs=2"
+            f"override {shown!r} is not of the form section.key=value, such as training.epochs=2"
         )
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise BadInputError(f"override {override!r} has no YAML value: {error}") from None
+        raise BadInputError(f"override {shown!r} has no YAML value: {error}") from None
     first, _, rest = key.partition(".")
     if first != _STAGES:
-        _set_option(raw, key, value, f"override {override!r}")
+        _set_option(raw, key, value, f"override {shown!r}")
         return
     name, _, rest = rest.partition(".")
     if name not in (stages or {}) or not rest:
         there = f"those of {', '.join(stages)}" if stages else "none"
-        raise BadInputError(f"override {override!r}: {name!r} is no stage, the recipe has {there}")
+        raise BadInputError(f"override {shown!r}: {name!r} is no stage, the recipe has {there}")
     assert stages is not None
-    _set_option(stages[name], rest, value, f"override {override!r}")
+    _set_option(stages[name], rest, value, f"override {shown!r}")
 
 
 def _set_option(raw: dict[str, Any], key: str, value: Any, source: str) -> None:

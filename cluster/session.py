@@ -11,6 +11,7 @@ from typing import Any
 
 from cluster import storage
 from cluster.config import RunConfig
+from cluster.endpoint_key import refuse_open_endpoint
 from cluster.errors import BadInputError, RunError
 from cluster.progress import say
 
@@ -132,11 +133,13 @@ def refuse_taken_port(host: str, port: int) -> None:
 def start_serve(config: RunConfig) -> None:
     """Start Ray Serve, once for a cluster, listening where `serving` says.
 
-    Raises BadInputError where Serve already runs there and listens elsewhere, which it keeps doing.
+    Raises BadInputError where Serve already runs there and listens elsewhere, which it keeps doing,
+    and where others would reach it without a key.
     """
     from ray import serve
     from ray.serve.context import _get_global_client  # there is no public way to ask for the port
 
+    refuse_open_endpoint(config.serving.host)
     wanted = {"host": config.serving.host, "port": config.serving.port}
     serve.start(proxy_location="HeadOnly", http_options=wanted)
     running: Any = _get_global_client()

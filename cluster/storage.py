@@ -11,15 +11,16 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from upath import UPath
 
+from cluster.credentials import refuse_credentials
 from cluster.errors import BadInputError, RunError
 from cluster.progress import say
 
@@ -29,7 +30,11 @@ _STAGING = ".staging-"
 
 
 def location(text: str) -> UPath:
-    """A path or URL as one kind of object; relative paths become absolute."""
+    """A path or URL as one kind of object; relative paths become absolute.
+
+    Raises BadInputError for a URL with a password or a token in it.
+    """
+    refuse_credentials("the place of a file or folder", text)
     # A cached listing would hide what another process has written since.
     path = UPath(text, use_listings_cache=False) if "://" in text else UPath(text).expanduser()
     return path if path.protocol else path.absolute()
@@ -145,9 +150,15 @@ def is_published(folder: UPath) -> bool:
 def is_whole(folder: UPath) -> bool:
     """Whether a published folder still holds the bytes that it was published with."""
     try:
-        digests = read_json(folder / MARKER)["files"]
-        return all(digest_file(folder / name) == digest for name, digest in digests.items())
+        return _holds(folder, _digests(folder, read_json(folder / MARKER)))
     except (FileNotFoundError, ValueError, KeyError):
+        return False
+
+
+def _holds(folder: Path | UPath, digests: Mapping[str, str]) -> bool:
+    try:
+        return all(digest_file(folder / name) == digest for name, digest in digests.items())
+    except FileNotFoundError:
         return False
 
 
@@ -185,10 +196,13 @@ def fetch_folder(source: UPath, cache: Path) -> Path:
         return Path(source.path)
     marker = json.loads((source / MARKER).read_text())
     target = cache / digest_text(str(source), json.dumps(marker, sort_keys=True))
+    digests = _digests(source, marker)
     if target.exists():
-        return target
+        if _holds(target, digests):
+            return target
+        shutil.rmtree(target)
     partial = cache / f"{target.name}.{uuid.uuid4().hex}"
-    for name, digest in marker["files"].items():
+    for name, digest in digests.items():
         file = partial / name
         file.parent.mkdir(parents=True, exist_ok=True)
         with (source / name).open("rb") as reader, file.open("wb") as writer:
@@ -198,6 +212,15 @@ def fetch_folder(source: UPath, cache: Path) -> Path:
                 f"{source / name} is damaged: its digest is not the one it was saved with"
             )
     return settle(partial, target)
+
+
+def _digests(source: UPath, marker: dict[str, Any]) -> dict[str, str]:
+    """The files that a marker names, with their digests; none of them outside of the folder."""
+    for name in marker["files"]:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
+            raise RunError(f"{source / MARKER} names {name!r}, which is no file of that folder")
+    return marker["files"]
 
 
 def settle(partial: Path, target: Path) -> Path:
@@ -249,10 +272,32 @@ def write_table(table: pa.Table, path: UPath) -> None:
 
 
 def read_table(path: UPath) -> pa.Table:
-    """Read a Parquet file, or all Parquet files of a folder in order of name."""
+    """Read a Parquet file, or all Parquet files of a folder in order of name.
+
+    Raises BadInputError where it holds objects of Python.
+    """
     files = sorted(path.glob("*.parquet"), key=str) if path.is_dir() else [path]
-    tables = [
-        pq.read_table(file.path, filesystem=file.fs, page_checksum_verification=True)
-        for file in files
-    ]
-    return pa.concat_tables(tables)
+    return pa.concat_tables([read_parquet(file) for file in files])
+
+
+def read_parquet(file: UPath, columns: list[str] | None = None) -> pa.Table:
+    """Some columns, or all, of a Parquet file. Raises BadInputError for objects of Python in it.
+
+    Where Ray Data is loaded, to look at a column of its type for objects unpickles them, and a
+    pickle can run code.
+    """
+    table = pq.read_table(
+        file.path, filesystem=file.fs, columns=columns, page_checksum_verification=True
+    )
+    objects = [field.name for field in table.schema if _is_extended(field.type)]
+    if objects:
+        raise BadInputError(
+            f"{file} has columns of an extension type, {', '.join(objects)}: write them as texts, "
+            "numbers, or lists of these"
+        )
+    return table
+
+
+def _is_extended(kind: pa.DataType) -> bool:
+    inner = [kind.field(place).type for place in range(kind.num_fields)]
+    return isinstance(kind, pa.ExtensionType) or any(map(_is_extended, inner))

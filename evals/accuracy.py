@@ -53,6 +53,7 @@ class Asking:
     max_tokens: int
     concurrency: int = 32
     timeout_s: float = 600.0
+    key_variable: str = "OPENAI_API_KEY"  # of the environment
 
 
 Ask = Callable[[Asking, Sequence[Prompt], Callable[[Answer], None]], list[Answer]]
@@ -69,8 +70,7 @@ def ask_all(
     """The model's greedy answers, in the order of `prompts`; `on_answer` hears of each at once.
 
     The client library retries what may pass; a request that fails in the end is an answer with its
-    error. The API key is OPENAI_API_KEY of the environment. Raises BadInputError where the key is
-    refused, or the model is not there.
+    error. Raises BadInputError where the key is refused, or the model is not there.
     """
     answers: dict[int, Answer] = {}
 
@@ -80,7 +80,11 @@ def ask_all(
         on_answer(answers[position])
 
     endpoint = ChatEndpoint(
-        asking.url, asking.model, concurrency=asking.concurrency, timeout_s=asking.timeout_s
+        asking.url,
+        asking.model,
+        key_variable=asking.key_variable,
+        concurrency=asking.concurrency,
+        timeout_s=asking.timeout_s,
     )
     requests = [
         ChatRequest(conversation(user_message(prompt)), asking.max_tokens, {"temperature": 0})

@@ -10,8 +10,10 @@ import yaml
 
 from cluster import storage
 from cluster.config import RunConfig, parse_config
+from cluster.endpoint_key import key_variable
 from cluster.errors import BadInputError
 from cluster.progress import say
+from cluster.sections import Serving
 from cluster.session import ray_session
 from evals.accuracy import Answer, answers_table
 from evals.stage import measure
@@ -38,13 +40,14 @@ class SingleEvaluation:
     concurrency: int = 32
     port: int = 8000
     answers: Path | None = None  # a Parquet file for the answers themselves
+    api_key_env: str | None = None  # of a URL: POTSTILL_API_KEY, else OPENAI_API_KEY
 
 
 def evaluate_model(wanted: SingleEvaluation) -> dict[str, Any]:
     """The accuracy of one model on the test split, or on all of `data`: see measure_accuracy.
 
-    A folder is served for as long as it takes. The key of a foreign URL is OPENAI_API_KEY.
-    Raises BadInputError for what cannot be evaluated, RunError where too many requests fail.
+    A folder is served for as long as it takes. Raises BadInputError for what cannot be evaluated,
+    RunError where too many requests fail.
     """
     config = _config(wanted)
     split: Literal["test", "all"] = "test" if wanted.data is None else "all"
@@ -52,7 +55,8 @@ def evaluate_model(wanted: SingleEvaluation) -> dict[str, Any]:
     _check_verdict(config, prompts)
     if wanted.model.startswith(("http://", "https://")):
         name = wanted.model_name or STUDENT
-        result, answers = measure(_with_v1(wanted.model), name, split, prompts, config)
+        url, variable = _with_v1(wanted.model), wanted.api_key_env or key_variable()
+        result, answers = measure(url, name, split, prompts, config, variable)
     else:
         result, answers = _measure_folder(config, prompts, split)
         result["model"] = wanted.model
@@ -110,7 +114,11 @@ def _config(wanted: SingleEvaluation) -> RunConfig:
         "teacher": section,
         "student": section,
         "engines": {"max_model_len": context},
-        "serving": {"port": wanted.port, "max_model_len": context},
+        "serving": {
+            "port": wanted.port,
+            "max_model_len": context,
+            "max_concurrency": max(wanted.concurrency, Serving().max_concurrency),
+        },
         "evaluation": {
             "max_new_tokens": wanted.max_new_tokens,
             "concurrency": wanted.concurrency,

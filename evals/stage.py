@@ -8,6 +8,7 @@ from upath import UPath
 
 from cluster import storage
 from cluster.config import RunConfig
+from cluster.endpoint_key import KEY_VARIABLE
 from cluster.progress import progress, say
 from cluster.run_folder import RunFolder
 from cluster.session import ray_session
@@ -150,7 +151,12 @@ def _grader(config: RunConfig) -> Grader:
 
 
 def measure(
-    url: str, model_id: str, split: str, prompts: list[Prompt], config: RunConfig
+    url: str,
+    model_id: str,
+    split: str,
+    prompts: list[Prompt],
+    config: RunConfig,
+    key_variable: str = KEY_VARIABLE,
 ) -> tuple[dict[str, Any], list[Answer]]:
     """measure_accuracy with the limits of `config`, and a progress bar."""
     asking = Asking(
@@ -159,6 +165,7 @@ def measure(
         max_tokens=config.evaluation_tokens,
         concurrency=config.evaluation.concurrency,
         timeout_s=config.evaluation.request_timeout_s,
+        key_variable=key_variable,
     )
     right = seen = 0
     with progress(f"{model_id} {split}", len(prompts)) as bar:

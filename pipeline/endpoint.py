@@ -118,6 +118,17 @@ def _key(endpoint: ChatEndpoint) -> str:
     return os.environ.get(endpoint.key_variable) or "none"
 
 
+def _said(what: object, endpoint: ChatEndpoint) -> str:
+    """What an endpoint said, less the key: some repeat it, and their words are kept in files."""
+    return without_key(str(what), endpoint.key_variable)
+
+
+def without_key(text: str, variable: str) -> str:
+    """A text in which the key that `variable` holds is no more than the variable's name."""
+    key = os.environ.get(variable)
+    return text.replace(key, f"${variable}") if key else text
+
+
 class _Pace:
     """Holds each request back until its turn, those that the client library sends again too."""
 
@@ -143,14 +154,16 @@ async def _ask(client: Any, endpoint: ChatEndpoint, request: ChatRequest) -> Cha
         )
     except (openai.NotFoundError, openai.AuthenticationError, openai.PermissionDeniedError) as no:
         raise BadInputError(
-            f"{endpoint.url} refuses to answer as {endpoint.model!r}: {no}. Give the id of a model "
-            f"that it serves, and its key in {endpoint.key_variable}"
+            f"{endpoint.url} refuses to answer as {endpoint.model!r}: {_said(no, endpoint)}. Give "
+            f"the id of a model that it serves, and its key in {endpoint.key_variable}"
         ) from None
     except openai.APIError as error:
         refused = isinstance(error, openai.BadRequestError | openai.UnprocessableEntityError)
-        return ChatReply("", None, 0, 0, f"{type(error).__name__}: {error}", refused)
+        said = f"{type(error).__name__}: {_said(error, endpoint)}"
+        return ChatReply("", None, 0, 0, said, refused)
     if not getattr(response, "choices", None):  # some send their errors with status 200
-        return ChatReply("", None, 0, 0, f"no answer in the response: {str(response)[:200]}")
+        said = _said(response, endpoint)[:200]
+        return ChatReply("", None, 0, 0, f"no answer in the response: {said}")
     choice, usage = response.choices[0], response.usage
     tokens = (usage.prompt_tokens, usage.completion_tokens) if usage else request.most_tokens
     return ChatReply(choice.message.content or "", choice.finish_reason, *tokens)
@@ -174,17 +187,18 @@ def check_endpoint(endpoint: ChatEndpoint) -> None:
             listed = _listed(client.get("/models", cast_to=object))
     except openai.APIConnectionError as error:
         raise BadInputError(
-            f"nothing answers at {endpoint.url} ({error}): check the URL, and that this machine "
-            "may reach it"
+            f"nothing answers at {endpoint.url} ({_said(error, endpoint)}): check the URL, and "
+            "that this machine may reach it"
         ) from None
     except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
         raise BadInputError(
-            f"{endpoint.url} refuses the key: {error}. Put a valid one into the environment "
-            f"variable {endpoint.key_variable}"
+            f"{endpoint.url} refuses the key: {_said(error, endpoint)}. Put a valid one into the "
+            f"environment variable {endpoint.key_variable}"
         ) from None
     except openai.APIStatusError as error:
         if error.status_code >= _SERVER_ERROR:
-            raise BadInputError(f"{endpoint.url} is out of order: {error}. Try later") from None
+            said = _said(error, endpoint)
+            raise BadInputError(f"{endpoint.url} is out of order: {said}. Try later") from None
         return
     if listed and not listed & {endpoint.model, endpoint.model.partition(":")[0]}:
         raise BadInputError(

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from cluster import memory, sections
 from cluster.config import RunConfig
+from cluster.endpoint_key import refuse_open_endpoint
 from cluster.errors import BadInputError
 from cluster.lock import refuse_held
 from cluster.run_folder import check_recipe
@@ -55,8 +56,13 @@ def plan_run(config: RunConfig) -> Plan:
     """Look at configuration, data, run folder and model folders; start no model."""
     plan = Plan()
     plan.rows.append(("on", _whereabouts(config)))
+    plan.rows += [
+        ("code", f"{model} brings code of its own, which RUNS ({option}.trust_remote_code)")
+        for option, model in config.trusted_code.items()
+    ]
     folder = plan.check(lambda: check_recipe(config))
     plan.check(lambda: refuse_held(location(config.run.folder)))
+    plan.check(lambda: refuse_open_endpoint(config.serving.host))
     if starts_own_cluster(config):
         plan.check(lambda: refuse_taken_port(config.serving.host, config.serving.port))
         plan.check(lambda: refuse_too_few_cpus(config))

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from upath import UPath
 
-from cluster.storage import digest_file, set_aside, write_table, write_text
+from cluster.storage import digest_file, read_parquet, set_aside, write_table, write_text
 from pipeline.rows import SCHEMAS, Sample, Score, from_table, to_table
 
 _MARKER = ".ok"
@@ -76,7 +75,7 @@ class _Store(Generic[Stored]):
                     set_aside(folder / name)
 
     def _read(self, path: UPath, columns: list[str] | None) -> pa.Table:
-        table = pq.read_table(path.path, filesystem=path.fs, columns=columns)
+        table = read_parquet(path, columns)
         return table if columns else table.cast(SCHEMAS[self.row_type])
 
 

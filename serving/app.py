@@ -13,6 +13,7 @@ from cluster.session import (
 )
 from cluster.waiting import waiting
 from serving.models import ServedEngine, ServedModel, engines_of, routes_of
+from serving.protection import protection_of
 from serving.readiness import wait_until_answering, wait_until_running
 
 _PART = "endpoint"
@@ -45,7 +46,8 @@ def start_serving(models: list[ServedModel], config: RunConfig, idle_s: float = 
     """Serve `models` on config.serving's host and port, and return once the residents answer.
 
     Needs a running Ray. An engine on demand stops `idle_s` after its last request. Raises
-    BadInputError for a port in use, RunError with a diagnosis where an engine does not start.
+    BadInputError for a port in use and for an open host without a key, RunError with a diagnosis
+    where an engine does not start.
     """
     from ray import serve
 
@@ -85,6 +87,7 @@ def _place(config: RunConfig) -> tuple[str, str]:
 def _address(config: RunConfig) -> str:
     host = config.serving.host
     reachable = "127.0.0.1" if host in ("0.0.0.0", "::") else host
+    reachable = f"[{reachable}]" if ":" in reachable else reachable
     return f"http://{reachable}:{config.serving.port}"
 
 
@@ -111,7 +114,7 @@ def _application(
     deployments = {name: build_llm_deployment(configs[name]) for name in configs}
     routes = routes_of(models)
     ingress: Any = serve.deployment(
-        ingress_class(),
+        ingress_class(protection_of(config.serving)),
         name="Ingress",
         num_replicas=1,
         max_ongoing_requests=_MAX_ONGOING_REQUESTS,

@@ -4,11 +4,15 @@ import os
 import shlex
 import shutil
 import sys
+import unicodedata
 from typing import TextIO
 
 from cluster.config import RunConfig
+from cluster.credentials import refuse_credentials
+from cluster.endpoint_key import key_variable
 from cluster.errors import BadInputError, RunError
 from cluster.waiting import waiting
+from pipeline.endpoint import without_key
 from pipeline.rows import Kind
 
 
@@ -20,18 +24,21 @@ def ask(
     kind: Kind | None = None,
     max_tokens: int = 512,
     temperature: float = 0.0,
+    api_key_env: str | None = None,
     out: TextIO | None = None,
 ) -> str:
     """Stream the answer of `model` at the OpenAI-style `url` to `out` or stdout, and return it.
 
     With `kind` the question is worded as in training (pipeline.tasks.instruct). The API key comes
-    from OPENAI_API_KEY. Raises BadInputError where nothing answers, or the model is not there,
-    RunError where it cannot answer.
+    from the environment variable `api_key_env`: by default POTSTILL_API_KEY, or OPENAI_API_KEY
+    where that is not set. Raises BadInputError where nothing answers, the key is refused or the
+    model is not there, RunError where it cannot answer.
     """
     import openai
 
-    out = out or sys.stdout
-    client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"))
+    refuse_credentials("--url", url)
+    out, variable = out or sys.stdout, api_key_env or key_variable()
+    client = openai.OpenAI(base_url=url, api_key=os.environ.get(variable) or "none")
     pieces = []
     try:
         with waiting(f"waiting for {model}, which starts if it is not loaded", tell=_tell):
@@ -46,19 +53,30 @@ def ask(
             piece = chunk.choices[0].delta.content if chunk.choices else None
             if piece:
                 pieces.append(piece)
-                print(piece, end="", flush=True, file=out)
+                print(printable(piece), end="", flush=True, file=out)
     except openai.APIConnectionError:
         raise BadInputError(
             f"nothing answers at {url}: start the endpoint with `potstill serve RUN`, or give its "
             "address"
         ) from None
+    except openai.AuthenticationError:
+        raise BadInputError(
+            f"{url} refuses the API key: put the endpoint's own into the environment variable "
+            f"{variable}, or name another variable with --api-key-env"
+        ) from None
     except openai.NotFoundError:
         served = ", ".join(found.id for found in client.models.list())
         raise BadInputError(f"no model {model!r} at {url}: expected one of {served}") from None
     except openai.APIStatusError as error:
-        raise RunError(f"{model} at {url} cannot answer: {error.message}") from None
+        said = without_key(error.message, variable)
+        raise RunError(f"{model} at {url} cannot answer: {said}") from None
     print(file=out)
     return "".join(pieces)
+
+
+def printable(text: str) -> str:
+    """A model's text without the characters that would command a terminal."""
+    return "".join(char for char in text if char in "\n\t" or unicodedata.category(char) != "Cc")
 
 
 def example_question(config: RunConfig, model: str = "student", url: str | None = None) -> str:

@@ -21,7 +21,15 @@ from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
 from starlette.responses import Response, StreamingResponse
 
 from serving.errors import answer_errors_as_openai
-from serving.routes import Route, renamed, stop_ids, stop_strings, with_few_shot
+from serving.protection import Protection, protect
+from serving.routes import (
+    Route,
+    refuse_many_answers,
+    renamed,
+    stop_ids,
+    stop_strings,
+    with_few_shot,
+)
 
 _ENDPOINTS = {
     "models": lambda app: app.get("/v1/models"),
@@ -40,6 +48,7 @@ class Ingress(OpenAiIngress):
 
     async def chat(self, body: ChatCompletionRequest, request: Request) -> Response:
         """Answer a conversation."""
+        refuse_many_answers(body.n)
         route = self._routes.get(body.model or "")
         if route is None:
             return await super().chat(body, request)  # which answers 404, or 400 without an id
@@ -52,6 +61,7 @@ class Ingress(OpenAiIngress):
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
         """Continue a raw text; a chat's worked examples have no place in it."""
+        refuse_many_answers(body.n, body.prompt)
         route = self._routes.get(body.model or "")
         if route is None:
             return await super().completions(body, request)
@@ -76,13 +86,15 @@ async def _rename_stream(pieces: AsyncIterable[Any], engine: str, asked: str) ->
         yield renamed(text, engine, asked)
 
 
-def ingress_class() -> type:
-    """The ingress with its routes, on an app without ray.serve.llm's CORS.
+def ingress_class(protection: Protection) -> type:
+    """The ingress with its routes behind `protection`, on an app without ray.serve.llm's CORS.
 
-    The default app lets every web page call it with the visitor's credentials.
+    The default app lets every web page call it with the visitor's credentials, and FastAPI's pages
+    of documentation load scripts from elsewhere.
     """
-    app = FastAPI(title="Potstill")
+    app = FastAPI(title="Potstill", docs_url=None, redoc_url=None)
     add_exception_handling_middleware(app)
     answer_errors_as_openai(app)
     app.add_middleware(SetRequestIdMiddleware)
+    protect(app, protection)
     return make_fastapi_ingress(Ingress, endpoint_map=_ENDPOINTS, app=app)

@@ -4,6 +4,7 @@ import threading
 import time
 from pathlib import Path
 
+from cluster.endpoint_key import endpoint_key
 from cluster.errors import RunError
 from serving.models import ServedEngine
 
@@ -64,7 +65,7 @@ def wait_until_answering(
 def _ask_until(url: str, model_id: str, answered: threading.Event, failures: list[str]) -> None:
     import openai
 
-    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+    client = openai.OpenAI(base_url=url, api_key=endpoint_key() or "none", max_retries=0)
     while not answered.is_set():
         try:
             client.chat.completions.create(

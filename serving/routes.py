@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from starlette.exceptions import HTTPException
+
 Message = Any  # a mapping with role and content, as the openai package types it
+_MOST_ANSWERS = 128  # of one request, which counts as one whatever it asks for
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,20 @@ def with_few_shot(
         examples.append({"role": "user", "content": question})
         examples.append({"role": "assistant", "content": answer})
     return [*messages[:leading], *examples, *messages[leading:]]
+
+
+def refuse_many_answers(n: int | None, prompt: Any = "") -> None:
+    """Raise HTTPException (400) where a request asks for more than 128 answers.
+
+    `prompt` is a text or a list of token ids, or a list of either.
+    """
+    several = isinstance(prompt, list) and any(isinstance(part, str | list) for part in prompt)
+    answers = (n or 1) * (len(prompt) if several else 1)
+    if answers > _MOST_ANSWERS:
+        raise HTTPException(
+            400,
+            f"{answers} answers asked for in one request, and at most {_MOST_ANSWERS} are given",
+        )
 
 
 def stop_strings(asked: str | list[str] | None, route: Route) -> str | list[str] | None:

@@ -3,6 +3,7 @@
 import threading
 
 from cluster.config import RunConfig
+from cluster.endpoint_key import KEY_VARIABLE, endpoint_key, refuse_open_endpoint
 from cluster.progress import say
 from cluster.run_folder import RunFolder
 from cluster.session import ray_session
@@ -14,8 +15,10 @@ from serving.models import STUDENT, engines_of, served_models
 def serve(run: RunFolder, config: RunConfig, stop: threading.Event | None = None) -> None:
     """Serve all models of a run until Ctrl-C, or until `stop` is set.
 
-    Raises BadInputError for a port in use, RunError where an engine does not start.
+    Raises BadInputError for a port in use and for an open host without a key, RunError where an
+    engine does not start.
     """
+    refuse_open_endpoint(config.serving.host)
     models = served_models(run, config)
     residents = {engine.engine_id for engine in engines_of(models).values() if engine.resident}
     with ray_session(config):
@@ -37,7 +40,11 @@ def _describe(endpoint: Endpoint, config: RunConfig) -> None:
         engine = engines[model.model_id]
         state = "loaded" if engine.resident else "starts with its first request"
         alias = f" (= {engine.engine_id})" if engine.engine_id != model.model_id else ""
-        say(f"  {model.model_id}{alias}: {state}")
+        trusted = "; runs code that came with it (trust_remote_code)"
+        code = trusted if model.trust_remote_code else ""
+        say(f"  {model.model_id}{alias}: {state}{code}")
+    if endpoint_key():
+        say(f"each request needs the key in {KEY_VARIABLE}, as Authorization: Bearer KEY")
     ids = {model.model_id for model in endpoint.models}
     asked = STUDENT if STUDENT in ids else endpoint.models[0].model_id
     say(f"ask it: {example_question(config, asked, endpoint.url)}")

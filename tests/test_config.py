@@ -81,7 +81,7 @@ def test_a_schedule_of_phi_is_one_for_each_epoch(config_file):
 
 
 def test_a_mistake_in_an_option_is_not_blamed_on_the_file_alone(config_file):
-    with pytest.raises(BadInputError, match=r"recipe\.yaml with pairs\.phi=2: pairs\.phi=2"):
+    with pytest.raises(BadInputError, match=r"recipe\.yaml with pairs\.phi: pairs\.phi=2"):
         load_config(config_file, ["pairs.phi=2"])
 
 
@@ -156,7 +156,7 @@ def test_a_judges_key_has_no_place_in_the_configuration(config_file, option, mes
     load_config(config_file, ["task.name=chat", judge])
     with pytest.raises(BadInputError, match=message) as refused:
         load_config(config_file, ["task.name=chat", judge, f"task.verdict.{option}"])
-    assert "sk-1" not in str(refused.value).replace(option, "")
+    assert "sk-1" not in str(refused.value)
 
 
 def test_a_missing_section_is_named(tmp_path):

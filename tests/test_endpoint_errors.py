@@ -42,10 +42,11 @@ def test_an_unknown_route_is_in_openais_form(client):
     ("body", "headers", "blamed"),
     [
         (b'{"model": "student"}', {}, None),
+        (b'{"model": "student"}', {"Content-Type": "text/plain"}, None),
         (b"not json", {"Content-Type": "application/json"}, None),
         (b'{"model": 3}', {"Content-Type": "application/json"}, "model"),
     ],
-    ids=["no content type", "no JSON", "wrong type"],
+    ids=["no content type", "a web page's type", "no JSON", "wrong type"],
 )
 def test_a_malformed_body_is_the_callers_mistake(client, body, headers, blamed):
     answer = client.post("/v1/chat/completions", content=body, headers=headers)

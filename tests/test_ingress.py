@@ -6,9 +6,10 @@ import pytest
 from cluster.config import parse_config
 from cluster.errors import BadInputError
 from cluster.session import refuse_taken_port
-from serving.app import _deployment, _on_gpu
+from serving.app import Endpoint, _deployment, _on_gpu
 from serving.models import ServedModel, engines_of, in_turn, routes_of
 from serving.routes import Route, renamed, stop_ids, stop_strings, with_few_shot
+from serving.stage import _describe
 
 BASE = ServedModel("base", "/models/a", stop_token_ids=(2,))
 SHOTS = (("1 + 1?", "\\boxed{2}"), ("2 + 2?", "\\boxed{4}"))
@@ -97,13 +98,14 @@ def test_engine_on_demand_scales_to_zero():
     assert _deployment(True, 10)["autoscaling_config"]["min_replicas"] == 1
 
 
-def config_with_gpus(gpus):
+def config_with_gpus(gpus, **sections):
     raw = {
         "run": {"folder": "run"},
         "task": {"name": "gsm8k"},
         "teacher": {"model": "a"},
         "student": {"model": "b"},
         "serving": {"gpus_per_model": gpus},
+        **sections,
     }
     return parse_config(raw, "test")
 
@@ -135,3 +137,19 @@ def test_a_taken_port_is_refused():
         with pytest.raises(BadInputError, match=f"port={port}"):
             refuse_taken_port("127.0.0.1", port)
     refuse_taken_port("127.0.0.1", port)
+
+
+def test_what_is_served_is_told_with_its_code_and_its_key(capsys, monkeypatch):
+    monkeypatch.delenv("POTSTILL_API_KEY", raising=False)
+    student = ServedModel("student", "org/one", trust_remote_code=True)
+    endpoint = Endpoint("app", "http://127.0.0.1:8000/v1", (BASE, student), 1.0)
+    _describe(endpoint, config_with_gpus(1, task={"name": "word_problems"}))
+    said = capsys.readouterr().out
+    assert "student: loaded; runs code that came with it (trust_remote_code)\n" in said
+    assert "base: loaded\n" in said
+    assert "POTSTILL_API_KEY" not in said
+    monkeypatch.setenv("POTSTILL_API_KEY", "planted")
+    _describe(endpoint, config_with_gpus(1, task={"name": "word_problems"}))
+    said = capsys.readouterr().out
+    assert "each request needs the key in POTSTILL_API_KEY" in said
+    assert "planted" not in said

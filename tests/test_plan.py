@@ -232,3 +232,24 @@ def test_each_of_several_teachers_is_planned(plan_of, tiny_llama, tiny_gemma, ch
     assert tiny_gemma.name in found["teacher_3"]
     # 4 + 1 + 4 traces of 10 prompts, half of them right
     assert "about 45 pairs" in found["training"]
+
+
+def test_code_that_comes_with_a_model_is_shown(plan_of, tiny_llama):
+    assert "code" not in rows(plan_of())
+    plan = plan_of(student={"trust_remote_code": True})
+    name = str(tiny_llama)
+    assert ("code", f"{name} brings code of its own, which RUNS (student.trust_remote_code)") in (
+        plan.rows
+    )
+    other = {"model": "org/other", "trust_remote_code": True}
+    shown = [value for title, value in plan_of(further_teachers=[other]).rows if title == "code"]
+    assert shown == [
+        "org/other brings code of its own, which RUNS (further_teachers[0].trust_remote_code)"
+    ]
+
+
+def test_an_open_endpoint_without_a_key_is_refused(plan_of, monkeypatch):
+    monkeypatch.delenv("POTSTILL_API_KEY", raising=False)
+    assert any("POTSTILL_API_KEY" in line for line in plan_of(serving={"host": "0.0.0.0"}).refusals)
+    monkeypatch.setenv("POTSTILL_API_KEY", "a-key")
+    assert plan_of(serving={"host": "0.0.0.0"}).refusals == []

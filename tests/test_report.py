@@ -210,3 +210,13 @@ def test_the_card_names_the_method(run, config, training, words):
     card = (run.root / "README.md").read_text()
     assert words in card
     assert "\n\n\n" not in card
+
+
+def test_code_that_came_with_a_model_is_told(run, config):
+    write_report(run, config)
+    assert "code that came with" not in (run.root / "README.md").read_text()
+    student = config.student.model_copy(update={"trust_remote_code": True})
+    write_report(run, config.model_copy(update={"student": student}))
+    card, page = ((run.root / name).read_text() for name in ("README.md", "report.html"))
+    assert "\n- ran code that came with small<b> (student.trust_remote_code)\n" in card
+    assert "Ran code that came with small&lt;b&gt; (student.trust_remote_code)." in page

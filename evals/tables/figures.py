@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
-import pyarrow.parquet as pq
 from upath import UPath
 
 from cluster import storage
@@ -109,8 +108,7 @@ def _agreement(cell: Cell, result: UPath) -> float:
 
 
 def _answers(result: UPath) -> dict[str, str | None]:
-    path = answers_file(result)
-    table = pq.read_table(path.path, filesystem=path.fs, columns=["prompt_id", "answer"])
+    table = storage.read_parquet(answers_file(result), ["prompt_id", "answer"])
     return dict(zip(*(table[column].to_pylist() for column in table.column_names), strict=True))
 
 

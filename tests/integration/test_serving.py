@@ -8,7 +8,7 @@ import pytest
 
 from cluster import storage
 from cluster.config import parse_config
-from cluster.errors import RunError
+from cluster.errors import BadInputError, RunError
 from cluster.run_folder import RunFolder
 from cluster.session import ray_session
 from evals.stage import evaluate
@@ -21,6 +21,7 @@ from serving.models import ServedModel, served_models
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 
+KEY = "planted-0f3c9a71"
 SHOT = {"question": "Tom has 3 pens and buys 5 more. How many?", "answer": "It is \\boxed{8}."}
 
 
@@ -92,7 +93,8 @@ def complete(client, model, text="Hello", **options):
     )
 
 
-def test_evaluation_stage(run, config, session):
+def test_evaluation_stage(run, config, session, monkeypatch):
+    monkeypatch.setenv("POTSTILL_API_KEY", KEY)  # which the endpoint now asks its callers for
     evaluate(run, config)
     names = ["base_test", "student-epoch-1_test", "teacher_test"]
     results = {name: json.loads(run.evaluation(name).read_text()) for name in names}
@@ -171,9 +173,26 @@ def test_too_long_a_prompt_is_a_bad_request(client):
 
     with pytest.raises(openai.BadRequestError, match="maximum context length"):
         complete(client, "base", "pens " * 600)
+    with pytest.raises(openai.BadRequestError, match="context length"):
+        client.completions.create(model="base", prompt="pens " * 600, max_tokens=12)
+
+
+def test_many_answers_to_one_request_are_refused(client):
+    import openai
+
+    with pytest.raises(openai.BadRequestError, match="129 answers"):
+        complete(client, "base", n=129)
+    with pytest.raises(openai.BadRequestError, match="200 answers"):
+        client.completions.create(model="base", prompt=["a", "b"], n=100, max_tokens=1)
 
 
 def test_other_origins_are_not_let_in(endpoint):
+    import httpx
+
+    asked = {"Origin": "https://elsewhere.example", "Access-Control-Request-Method": "POST"}
+    preflight = httpx.options(f"{endpoint.url}/chat/completions", headers=asked)
+    assert preflight.status_code == 405
+    assert not [name for name in preflight.headers if name.lower().startswith("access-control")]
     request = urllib.request.Request(
         f"{endpoint.url}/models", headers={"Origin": "https://elsewhere.example"}
     )
@@ -186,15 +205,64 @@ def test_ask_streams_to_the_screen(endpoint, capsys):
     assert capsys.readouterr().out == f"{text}\n"
 
 
-def test_another_run_on_the_cluster_has_an_endpoint_of_its_own(endpoint, run, config):
+def bearer(key):
+    return {"Authorization": f"Bearer {key}"}
+
+
+def check_key(url):
+    """No way in without the key, whatever is asked."""
+    import httpx
+
+    for method, path in (("GET", "models"), ("POST", "chat/completions"), ("GET", "no/such")):
+        for headers in ({}, bearer("wrong"), bearer(f"{KEY}x")):
+            answer = httpx.request(method, f"{url}/{path}", headers=headers)
+            assert answer.status_code == 401
+            assert answer.json()["error"]["type"] == "authentication_error"
+            assert "Bearer" in answer.headers["WWW-Authenticate"]
+    assert httpx.get(f"{url}/models", headers=bearer(KEY)).status_code == 200
+
+
+def check_limits(url):
+    """Of a body and of requests at once: an endpoint of 20 KiB and one request."""
+    import httpx
+
+    chat, headers = f"{url}/chat/completions", bearer(KEY)
+    large = {"model": "base", "messages": [{"role": "user", "content": "pens " * 6000}]}
+    assert httpx.post(chat, json=large, headers=headers).status_code == 413
+    pieces = (b"0" * 1024 for _ in range(30))
+    assert httpx.post(chat, content=pieces, headers=headers).status_code == 413
+    small = {"model": "base", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+    long = small | {"max_tokens": 400, "min_tokens": 400, "stream": True}
+    with httpx.stream("POST", chat, json=long, headers=headers, timeout=100) as held:
+        assert held.status_code == 200
+        lines = held.iter_lines()
+        next(lines)
+        refused = httpx.post(chat, json=small, headers=headers)
+        listed = httpx.get(f"{url}/models", headers=headers)
+        assert sum(1 for line in lines if line) > 50, "the stream that was under way goes on"
+    assert refused.status_code == 429
+    assert refused.json()["error"]["type"] == "rate_limit_error"
+    assert int(refused.headers["Retry-After"]) > 0
+    assert listed.status_code == 200
+
+
+def test_another_run_has_an_endpoint_of_its_own_with_a_key(endpoint, run, config, monkeypatch):
     run_section = config.run.model_copy(update={"folder": f"{config.run.folder}-other"})
-    other = config.model_copy(update={"run": run_section})
+    narrow = config.serving.model_copy(update={"max_body_mib": 20 / 1024, "max_concurrency": 1})
+    other = config.model_copy(update={"run": run_section, "serving": narrow})
     base, *_ = served_models(run, config)
+    monkeypatch.setenv("POTSTILL_API_KEY", KEY)
     beside = start_serving([base], other)
     try:
         assert beside.url != endpoint.url
         texts = [ask(at.url, "Hello", "base", max_tokens=12) for at in (beside, endpoint)]
         assert texts[0] == texts[1] != ""
+        check_key(beside.url)
+        check_limits(beside.url)
+        assert ask(beside.url, "Hello", "base", max_tokens=12) == texts[0]  # its place is free
+        monkeypatch.setenv("POTSTILL_API_KEY", "wrong")
+        with pytest.raises(BadInputError, match="refuses the API key"):
+            ask(beside.url, "Hello", "base")
     finally:
         stop_serving(other)
     assert ask(endpoint.url, "Hello", "base", max_tokens=12) == texts[0]
