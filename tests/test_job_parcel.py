@@ -172,6 +172,7 @@ def test_a_folder_without_the_program_is_refused(folder):
         ("student.model=./models", False),
         ("task.data=out/big", False),
         ("task.data=pipeline/open", True),
+        ("task.data=./pipeline/../pipeline/open", True),
         ("task.data=pipeline", True),
         ("student.model=HuggingFaceTB/SmolLM2-135M-Instruct", True),
     ],
