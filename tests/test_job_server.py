@@ -9,8 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import typer
 
+import potstill as command_line
 from cluster.errors import BadInputError, RunError
+from cluster.jobs import commands
 from cluster.jobs import server as servers
 
 pytestmark = pytest.mark.usefixtures("no_ray_settings")
@@ -109,13 +112,11 @@ def potstill(monkeypatch):
     """Calls the command line in this process; gives what it printed."""
     from typer.testing import CliRunner
 
-    import potstill
-
     monkeypatch.setattr("cluster.jobs.commands.hush", lambda _: None)
 
     def call(*arguments):
         # Rich's console writes to the sys.stdout of the moment, which is the runner's.
-        result = CliRunner().invoke(potstill.app, arguments)
+        result = CliRunner().invoke(command_line.app, arguments)
         if result.exception and not isinstance(result.exception, SystemExit):
             raise result.exception
         return result.output
@@ -232,3 +233,41 @@ def test_a_job_that_does_not_end_is_given_up(monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda _: None)
     with pytest.raises(RunError, match="raysubmit_1 is still"):
         servers.wait_until_ended(None, "raysubmit_1", timeout_s=0)
+
+
+def client_whose_log_ends_in(error):
+    async def tail(_):
+        yield "epoch 1 [bold]\n"
+        raise error
+
+    return SimpleNamespace(tail_job_logs=tail, get_address=lambda: "http://head:8265")
+
+
+def test_ctrl_c_ends_only_the_watching(capsys):
+    with pytest.raises(typer.Exit) as left:
+        commands._follow(client_whose_log_ends_in(KeyboardInterrupt), "raysubmit_1")
+    assert left.value.exit_code == 75
+    again = "potstill logs raysubmit_1 --address http://head:8265 --follow"
+    said = f"raysubmit_1 goes on without this command: {again}"
+    assert capsys.readouterr().out == f"epoch 1 [bold]\n{said}\n"
+
+
+@pytest.mark.parametrize("error", [OSError("reset"), RuntimeError("closed with code 1006")])
+def test_a_log_that_breaks_off_says_nothing_of_the_job(error):
+    with pytest.raises(RunError, match=rf"broke off \({error}\); the job may well go on"):
+        commands._follow(client_whose_log_ends_in(error), "raysubmit_1")
+
+
+@pytest.mark.parametrize(("code", "told"), [(75, False), (1, True)])
+def test_no_command_that_was_told_of_is_told_again(code, told, monkeypatch, capsys):
+    """Submitted again, an interrupted `submit --wait` would not go on, but run twice."""
+
+    def leave():
+        raise SystemExit(code)
+
+    monkeypatch.setattr(command_line, "_count_interruptions", lambda: [2])
+    monkeypatch.setattr(command_line, "app", leave)
+    with pytest.raises(SystemExit) as left:
+        command_line.main()
+    assert left.value.code == 75
+    assert ("the same command goes on" in capsys.readouterr().err) == told
