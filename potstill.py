@@ -10,6 +10,8 @@ import typer
 
 from cluster.config import RunConfig
 from cluster.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, BadInputError, RunError
+from cluster.jobs import commands as jobs
+from cluster.jobs.server import is_job_id
 from cluster.progress import complain, console, hush, say
 from cluster.recipes import load_recipe
 from cluster.run_folder import RunFolder
@@ -23,6 +25,7 @@ app = typer.Typer(
 )
 models_app = typer.Typer(help="Prepare and prune models.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
+app.add_typer(jobs.app)
 
 _SIGINT_EXIT = 130  # what Typer makes of Ctrl-C
 
@@ -228,8 +231,21 @@ def report(run: RunPath) -> None:
 
 
 @app.command()
-def status(run: RunPath) -> None:
-    """Print what a run has done so far."""
+def status(
+    what: Annotated[
+        str | None,
+        typer.Argument(help="A run's folder or URL, or a job's id; without it, all jobs."),
+    ] = None,
+    address: jobs.Address = None,
+) -> None:
+    """Print what a run has done so far; or how a job stands, by its raysubmit_ID or --address."""
+    if what is None or address or is_job_id(what):
+        jobs.tell_jobs(what, address)
+    else:
+        _tell_run(what)
+
+
+def _tell_run(run: str) -> None:
     from evals.table import results_table
 
     folder, config = _existing(run)
@@ -274,7 +290,7 @@ def main() -> None:
         sys.exit(1)
     except SystemExit as stop:
         interrupted = stop.code == _SIGINT_EXIT or (stop.code and interruptions)
-        if not interrupted:
+        if not interrupted or stop.code == EXIT_INTERRUPTED:  # then the command has said it
             raise
         complain("interrupted: the same command goes on from here")
         sys.exit(EXIT_INTERRUPTED)

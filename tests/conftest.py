@@ -1,12 +1,14 @@
 """Tiny models for every test: random weights, a tokenizer of a few hundred tokens, a template."""
 
 import functools
+import json
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from random import Random
 
@@ -150,6 +152,80 @@ def chat_server():
     yield start
     for server in servers:
         server.stop()
+
+
+_RAY_VERSION = {"version": "4", "ray_version": "2.60.0", "ray_commit": "", "session_name": ""}
+
+
+class JobServer:
+    """Speaks as much of Ray's protocol as submitting a job takes, and keeps what it is sent."""
+
+    def __init__(self, status: int, version: dict) -> None:
+        ours, self.packages, self.requests, self.tokens = self, [], [], []
+        self.jobs: list[dict] = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                ours.tokens.append(self.headers.get("authorization"))
+                known = {"/api/version": version, "/api/jobs/": ours.jobs}
+                found = self.path in known
+                self._answer(status if found else 404, known.get(self.path, {}))
+
+            def do_PUT(self):
+                ours.packages.append(self._body())
+                self._answer(200, {})
+
+            def do_POST(self):
+                ours.requests.append(json.loads(self._body()))
+                self._answer(200, {"job_id": "raysubmit_1", "submission_id": "raysubmit_1"})
+
+            def _body(self):
+                return self.rfile.read(int(self.headers["content-length"]))
+
+            def _answer(self, code, body):
+                payload = json.dumps(body).encode()
+                self.send_response(code)
+                self.send_header("content-length", str(len(payload)))
+                self.end_headers()
+                self.wfile.write(payload)
+
+            def log_message(self, *_):
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def stop(self):
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def job_server():
+    """Starts JobServers, and stops them after the test."""
+    started = []
+
+    def start(status=200, version=_RAY_VERSION):
+        started.append(JobServer(status, version))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.stop()
+
+
+@pytest.fixture
+def no_ray_settings(monkeypatch, tmp_path):
+    """Takes away the addresses and tokens of the machine's user, and gives a cache of its own."""
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        monkeypatch.delenv(name)
+    # Set by the code under test: named here first, so that it is put back afterwards.
+    for name in ("RAY_API_SERVER_ADDRESS", "RAY_AUTH_MODE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,168 @@
+"""Recipes as jobs of a real Ray cluster on this machine, which asks for its token."""
+
+import os
+import re
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+
+PROJECT = Path(__file__).parents[2]
+START_LIMIT_S, JOB_LIMIT_S = 90, 180
+
+
+@dataclass(frozen=True)
+class Head:
+    """A cluster of one node, and what a shell needs to talk to it."""
+
+    url: str
+    environment: dict[str, str]
+
+    def potstill(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "potstill.py", *arguments],
+            cwd=PROJECT,
+            env=self.environment | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=JOB_LIMIT_S,
+        )
+
+    def submit(self, run: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+        places = [f"run.folder={run}/run", f"run.store={run}/store"]
+        recipe = "configs/quickstart_small.yaml"
+        return self.potstill("submit", recipe, *places, *arguments, "--address", self.url)
+
+
+@pytest.fixture(scope="module")
+def head(free_port, tmp_path_factory):
+    """`ray start --head` with ports and a token of its own; ended by its process ids alone.
+
+    `ray stop` would end every Ray of the machine.
+    """
+    home = tmp_path_factory.mktemp("home")
+    token = home / "token"
+    token.write_text(secrets.token_hex(16))
+    port = free_port()
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment = clean | {
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "POTSTILL_CACHE": str(home / "cache"),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    options = {
+        "port": free_port(),
+        "dashboard-host": "127.0.0.1",
+        "dashboard-port": port,
+        "dashboard-agent-listen-port": free_port(),
+        "ray-client-server-port": free_port(),
+        "num-cpus": 8,
+    }
+    # Sockets lie below it, whose paths may have 107 characters.
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        log = home / "head.log"
+        with log.open("w") as stream:
+            process = subprocess.Popen(
+                [
+                    *(Path(sys.executable).with_name("ray"), "start", "--head", "--block"),
+                    *(f"--{name}={value}" for name, value in options.items()),
+                    f"--temp-dir={folder}",
+                ],
+                env=environment | {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"},
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+            )
+        found = Head(f"http://127.0.0.1:{port}", environment)
+        try:
+            wait_for(lambda: answers(found.url), process, log)
+            yield found
+        finally:
+            end(process)
+
+
+def answers(url: str) -> bool:
+    """Whether the job server is up: without a token it refuses, which will do."""
+    try:
+        return requests.get(f"{url}/api/jobs/", timeout=5).status_code == 401
+    except OSError:
+        return False
+
+
+def wait_for(condition, process, log) -> None:
+    deadline = time.monotonic() + START_LIMIT_S
+    while not condition():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.5)
+
+
+def end(process) -> None:
+    """End a process and all that it started, and nothing else."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    process.terminate()
+    _, left = psutil.wait_procs(family, timeout=20)
+    for straggler in left:
+        straggler.kill()
+    _, left = psutil.wait_procs(left, timeout=10)
+    assert left == []
+
+
+def job_of(screen: str) -> str:
+    return re.search(r"^submitted (raysubmit_\w+) to ", screen, re.MULTILINE)[1]
+
+
+def test_a_run_that_the_cluster_refuses_comes_back_with_its_words_and_code(head, tmp_path):
+    """The recipe passes here; only a look at its model, over there, finds it wrong."""
+    gone = tmp_path / "no-model"
+    ended = head.submit(tmp_path, f"student.model={gone}", "--wait")
+    job = job_of(ended.stdout)
+    assert ended.returncode == 2, ended.stdout
+    assert re.search(rf"^error: .*{gone}", ended.stdout, re.MULTILINE), ended.stdout
+    assert "state: FAILED, exit code 2\n" in ended.stdout
+    again = head.potstill("logs", job, "--address", head.url)
+    assert again.returncode == 0
+    assert f"{gone}" in again.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_watched_and_stopped_and_may_go_on(head, guesser, tmp_path):
+    models = [f"student.model={guesser}", f"teacher.model={guesser}", "teacher.few_shot=[]"]
+    lengths = ["engines.max_model_len=512", "serving.max_model_len=512"]
+    sent = head.submit(tmp_path, *models, *lengths)
+    assert sent.returncode == 0, sent.stdout
+    job = job_of(sent.stdout)
+    deadline = time.monotonic() + JOB_LIMIT_S
+    while "joining Ray at" not in (log := head.potstill("logs", job, "--address", head.url).stdout):
+        assert time.monotonic() < deadline, log
+        time.sleep(1)
+    running = head.potstill("status", job, RAY_ADDRESS=head.url)
+    assert "state: RUNNING\n" in running.stdout, running.stdout + log
+    assert f"run: {tmp_path}/run, store: {tmp_path}/store\n" in running.stdout
+    stopped = head.potstill("stop", job, "--address", head.url)
+    assert stopped.returncode == 0, stopped.stdout
+    assert "state: STOPPED" in stopped.stdout
+    followed = head.potstill("logs", job, "--address", head.url, "--follow")
+    assert followed.returncode == 75, followed.stdout
+    assert "interrupted: the same command goes on from here\n" in followed.stdout
+    assert (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("token", ["", "0" * 32])
+def test_who_has_no_token_or_a_wrong_one_is_told_so(head, token, tmp_path):
+    wrong = tmp_path / "token"
+    wrong.write_text(token)
+    mode = "token" if token else "disabled"
+    variables = {"RAY_AUTH_TOKEN_PATH": str(wrong), "RAY_AUTH_MODE": mode}
+    refused = head.potstill("status", "--address", head.url, **variables)
+    assert refused.returncode == 2
+    assert refused.stdout.startswith(f"error: the cluster at {head.url} wants its token")
