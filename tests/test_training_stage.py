@@ -119,8 +119,9 @@ def raises(error):
 def test_training_without_room_says_what_was_asked_and_what_there_is(monkeypatch):
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0})
     monkeypatch.setattr("ray.available_resources", lambda: {"CPU": 7.0})
-    asked = r"2 x \{'CPU': 9\} on nodes with labels \{'stage': 'training'\} .*; the cluster has \{'CPU': 8.0\}, of which \{'CPU': 7.0\} are free"
-    with pytest.raises(RunError, match=rf"{asked}: add nodes, or lower training\.workers"):
+    asked = r"2 x \{'CPU': 9\} on nodes with labels \{'stage': 'training'\} .*; "
+    there = r"the cluster has \{'CPU': 8.0\}, of which \{'CPU': 7.0\} are free"
+    with pytest.raises(RunError, match=rf"{asked}{there}: add nodes, or lower training\.workers"):
         _run(trainer(raises(STARTUP)))
 
 
