@@ -184,6 +184,17 @@ def refuse_too_few_cpus(config: RunConfig) -> None:
         )
 
 
+def refuse_labels(config: RunConfig) -> None:
+    """Raise BadInputError where nodes are chosen by label: a cluster of our own has none."""
+    for option in ("training_nodes", "sampling_nodes"):
+        labels = getattr(config.cluster, option)
+        if labels is not None:
+            raise BadInputError(
+                f"cluster.{option}={labels!r}, but the cluster that starts on this machine has no "
+                "labels: set it to null, or set cluster.address to a cluster that has them"
+            )
+
+
 def uses_gpu(config: RunConfig) -> bool:
     """Whether models run on GPUs; `auto` asks the nodes that are up now."""
     import ray

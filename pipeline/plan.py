@@ -17,7 +17,12 @@ from cluster.errors import BadInputError
 from cluster.lock import refuse_held
 from cluster.run_folder import check_recipe
 from cluster.sections import Model
-from cluster.session import refuse_taken_port, refuse_too_few_cpus, starts_own_cluster
+from cluster.session import (
+    refuse_labels,
+    refuse_taken_port,
+    refuse_too_few_cpus,
+    starts_own_cluster,
+)
 from cluster.storage import is_published, location
 from pipeline.chat import Chat, check_same_tokenizer
 from pipeline.foreign_plan import plan_foreign
@@ -66,6 +71,7 @@ def plan_run(config: RunConfig) -> Plan:
     if starts_own_cluster(config):
         plan.check(lambda: refuse_taken_port(config.serving.host, config.serving.port))
         plan.check(lambda: refuse_too_few_cpus(config))
+        plan.check(lambda: refuse_labels(config))
     splits = plan.check(lambda: _load_splits(plan, config))
     if splits is None:
         return plan

@@ -10,8 +10,8 @@ from typing import Any
 
 from cluster.config import RunConfig
 from cluster.errors import RunError
+from cluster.placement import label_selector
 from cluster.progress import say
-from cluster.sections import Engines
 from cluster.session import pool_name, start_serve
 from cluster.storage import digest_text
 from cluster.waiting import waiting
@@ -34,7 +34,7 @@ def ensure_engines(config: RunConfig, weights: Weights, on_gpu: bool) -> Any:
             serve.delete(app)
     if name not in running_apps(config):
         say(f"starting {config.engines.min_engines} sampling engine(s)")
-    app = _deployment(config.engines, on_gpu, weights).bind(config.engines, on_gpu)
+    app = _deployment(config, on_gpu, weights).bind(config.engines, on_gpu)
     return _run_app(app, name, config, on_gpu)
 
 
@@ -48,26 +48,28 @@ def _run_app(app: Any, name: str, config: RunConfig, on_gpu: bool) -> Any:
         with waiting("starting sampling engines"):
             return started.result(timeout=engines.start_timeout_s)
     except (TimeoutError, RuntimeError) as error:
-        raise RunError(_diagnosis(name, engines, on_gpu, error)) from None
+        raise RunError(_diagnosis(name, config, on_gpu, error)) from None
 
 
-def _diagnosis(name: str, engines: Engines, on_gpu: bool, error: Exception) -> str:
+def _diagnosis(name: str, config: RunConfig, on_gpu: bool, error: Exception) -> str:
     import ray
     from ray import serve
 
+    engines = config.engines
     status = serve.status().applications[name]
     messages = [deployment.message for deployment in status.deployments.values()]
     return (
         f"sampling engines are {status.status} after at most {engines.start_timeout_s:.0f} s: "
         f"{' '.join([status.message, *messages, str(error)]).strip()} Asked for "
-        f"{engines.min_engines} x {_resources(engines, on_gpu)}; the cluster has "
+        f"{engines.min_engines} x {_resources(config, on_gpu)}; the cluster has "
         f"{ray.cluster_resources()}, of which {ray.available_resources()} are free"
     )
 
 
-def _deployment(engines: Engines, on_gpu: bool, weights: Weights) -> Any:
+def _deployment(config: RunConfig, on_gpu: bool, weights: Weights) -> Any:
     from ray import serve
 
+    engines = config.engines
     per_node: dict[str, Any] = {}
     if engines.engines_per_node:
         per_node["max_replicas_per_node"] = engines.engines_per_node
@@ -75,7 +77,7 @@ def _deployment(engines: Engines, on_gpu: bool, weights: Weights) -> Any:
         SamplingEngine,
         name=_DEPLOYMENT,
         user_config=asdict(weights),
-        ray_actor_options=_resources(engines, on_gpu),
+        ray_actor_options=_resources(config, on_gpu),
         max_ongoing_requests=2 * engines.batches_in_flight,
         autoscaling_config={
             "min_replicas": engines.min_engines,
@@ -92,10 +94,14 @@ def _deployment(engines: Engines, on_gpu: bool, weights: Weights) -> Any:
     return pool.options(version=version, _internal=True)
 
 
-def _resources(engines: Engines, on_gpu: bool) -> dict[str, float]:
-    processes = engines.tensor_parallel
-    cpus = {"num_cpus": engines.cpus_per_engine * processes}
-    return cpus | ({"num_gpus": processes} if on_gpu else {})
+def _resources(config: RunConfig, on_gpu: bool) -> dict[str, Any]:
+    processes = config.engines.tensor_parallel
+    options: dict[str, Any] = {"num_cpus": config.engines.cpus_per_engine * processes}
+    if on_gpu:
+        options["num_gpus"] = processes
+    if nodes := label_selector(config.cluster.sampling_nodes):
+        options["label_selector"] = nodes
+    return options
 
 
 def running_apps(config: RunConfig) -> list[str]:

@@ -53,7 +53,7 @@ def start_serving(models: list[ServedModel], config: RunConfig, idle_s: float = 
 
     _start_http(config)
     name, prefix = _place(config)
-    engines = list({engine.engine_id: engine for engine in engines_of(models).values()}.values())
+    engines = _engines(models)
     target = serve.RunTarget(_application(models, engines, config, idle_s), name, prefix)
     serve.run_many(
         [target],
@@ -97,6 +97,15 @@ def _start_http(config: RunConfig) -> None:
     if not serve.status().proxies:
         refuse_taken_port(config.serving.host, config.serving.port)
     start_serve(config)
+
+
+def application(models: list[ServedModel], config: RunConfig, idle_s: float = 300) -> Any:
+    """The Ray Serve application of `models`, bound and not yet running. Starts no engine."""
+    return _application(models, _engines(models), config, idle_s)
+
+
+def _engines(models: list[ServedModel]) -> list[ServedEngine]:
+    return list({engine.engine_id: engine for engine in engines_of(models).values()}.values())
 
 
 def _application(

@@ -57,6 +57,10 @@ def refused(recipe, monkeypatch, capsys, *overrides):
 
 LONG = "How many are there now, " * 40
 MISTAKES = {
+    "labels of nodes that have none": (
+        "cluster.sampling_nodes=stage=a",
+        "has no labels: set it to",
+    ),
     "a missing model": ("student.model=/no/such/model", "no model '/no/such/model'"),
     "an unknown option": ("training.epoch=3", "training.epoch is not an option: .*epochs"),
     "missing data": ("task.data=/no/such/data.jsonl", "nothing is at /no/such/data.jsonl"),

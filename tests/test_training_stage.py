@@ -112,7 +112,8 @@ def test_ray_train_does_not_try_for_ever(error):
 
 
 def trainer(fit):
-    scaling = SimpleNamespace(num_workers=2, resources_per_worker={"CPU": 9})
+    asked = {"num_workers": 2, "resources_per_worker": {"CPU": 9}}
+    scaling = SimpleNamespace(**asked, label_selector={"stage": "training"})
     return SimpleNamespace(fit=fit, scaling_config=scaling)
 
 
@@ -126,8 +127,9 @@ def raises(error):
 def test_training_without_room_says_what_was_asked_and_what_there_is(monkeypatch):
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0})
     monkeypatch.setattr("ray.available_resources", lambda: {"CPU": 7.0})
-    asked = r"2 x \{'CPU': 9\}; the cluster has \{'CPU': 8.0\}, of which \{'CPU': 7.0\} are free"
-    with pytest.raises(RunError, match=rf"{asked}: add nodes, or lower training\.workers"):
+    asked = r"2 x \{'CPU': 9\} on nodes with labels \{'stage': 'training'\} .*; "
+    there = r"the cluster has \{'CPU': 8.0\}, of which \{'CPU': 7.0\} are free"
+    with pytest.raises(RunError, match=rf"{asked}{there}: add nodes, or lower training\.workers"):
         _run(trainer(raises(STARTUP)))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from cluster.config import RunConfig
 from cluster.errors import BadInputError, RunError, WorkersLostError
+from cluster.placement import label_selector
 from cluster.progress import say
 from cluster.run_folder import RunFolder
 
@@ -58,16 +59,11 @@ def _fit(run: RunFolder, config: RunConfig, resampler: Any, board: Any) -> None:
     if steps := run.saved_steps():
         say(f"training: going on after step {steps[-1]}, with the optimizer's state")
     say(f"training: starting {training.workers} worker(s)")
-    scaling = ray.train.ScalingConfig(
-        num_workers=training.workers,
-        use_gpu=on_gpu,
-        resources_per_worker={"CPU": training.cpus_per_worker} | ({"GPU": 1} if on_gpu else {}),
-    )
     with tempfile.TemporaryDirectory(prefix="potstill-train-") as scratch:
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={"assignment": Assignment(run, config, resampler, board, on_gpu)},
-            scaling_config=scaling,
+            scaling_config=_scaling(config, on_gpu),
             torch_config=TorchConfig(
                 backend="nccl" if on_gpu else "gloo",
                 timeout_s=int(max(1800, training.resample_timeout_s)),
@@ -80,6 +76,18 @@ def _fit(run: RunFolder, config: RunConfig, resampler: Any, board: Any) -> None:
         )
         with _stoppable(board), _interruptible():
             _run(trainer)
+
+
+def _scaling(config: RunConfig, on_gpu: bool) -> Any:
+    from ray.train import ScalingConfig
+
+    training = config.training
+    return ScalingConfig(  # type: ignore[call-arg]  # declared as that of version 1
+        num_workers=training.workers,
+        use_gpu=on_gpu,
+        resources_per_worker={"CPU": training.cpus_per_worker} | ({"GPU": 1} if on_gpu else {}),
+        label_selector=label_selector(config.cluster.training_nodes) or None,
+    )
 
 
 def _failure_config() -> Any:
@@ -175,9 +183,11 @@ def _in_short(error: Exception) -> str:
 def _diagnosis(scaling: Any, error: Any) -> str:
     import ray
 
+    labels = scaling.label_selector
+    where = f" on nodes with labels {labels} (cluster.training_nodes)" if labels else ""
     return (
         f"Ray Train has no workers: {error.controller_failure} Asked for {scaling.num_workers} x "
-        f"{scaling.resources_per_worker}; the cluster has {ray.cluster_resources()}, of which "
-        f"{ray.available_resources()} are free: add nodes, or lower training.workers, "
+        f"{scaling.resources_per_worker}{where}; the cluster has {ray.cluster_resources()}, of "
+        f"which {ray.available_resources()} are free: add nodes, or lower training.workers, "
         "training.cpus_per_worker or engines.max_engines"
     )

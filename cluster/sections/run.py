@@ -1,14 +1,17 @@
 """Where a run lies, and the cluster that it works on."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import PositiveInt
+from pydantic import AfterValidator, PositiveInt
 
+from cluster.placement import check_labels
 from cluster.sections.base import (
     Execution,
     NonNegativeFloat,
     Section,
 )
+
+Labels = Annotated[str, AfterValidator(check_labels)]
 
 
 class Run(Section):
@@ -35,3 +38,8 @@ class Cluster(Section):
     logical_cpus: Execution[PositiveInt | None] = None
     """Logical CPUs of the cluster that `address: null` starts; null makes room for
     engines, workers and served models, and means at least eight."""
+    training_nodes: Execution[Labels | None] = None
+    """Labels of the nodes that training workers may use, such as stage=training or market!=spot;
+    null means any node. Needs a cluster that is joined, whose node groups have labels."""
+    sampling_nodes: Execution[Labels | None] = None
+    """The same for the engines that sample."""
