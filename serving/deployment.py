@@ -6,10 +6,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from cluster import storage
 from cluster.config import RunConfig
+from cluster.endpoint_key import refuse_open_endpoint
 from cluster.errors import BadInputError
 from cluster.run_folder import RunFolder
 from serving.app import application
 from serving.models import ServedModel, served_models
+
+_EVERYWHERE = "0.0.0.0"
 
 
 class Deployed(BaseModel):
@@ -28,16 +31,18 @@ class Deployed(BaseModel):
 def build(args: Deployed) -> Any:
     """The application that Ray Serve deploys by `import_path: serving.deployment:build`.
 
-    Raises BadInputError where there is no such run, or no such model in it.
+    Raises BadInputError where there is no such run, no such model in it, or no key in the
+    environment.
     """
     run = RunFolder(storage.location(args.run))
     config = _reachable(run.load_config(), args)
+    refuse_open_endpoint(config.serving.host)
     return application(_chosen(served_models(run, config), args), config)
 
 
 def _reachable(config: RunConfig, args: Deployed) -> RunConfig:
     """The run's configuration, listening to other machines than its own."""
-    serving = config.serving.model_copy(update={"host": "0.0.0.0"})
+    serving = config.serving.model_copy(update={"host": _EVERYWHERE})
     cluster = config.cluster.model_copy(update={"accelerator": args.accelerator})
     return config.model_copy(update={"serving": serving, "cluster": cluster})
 

@@ -29,6 +29,7 @@ def run(tmp_path, monkeypatch):
     }
     config = parse_config(raw, "test").model_dump(mode="json")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.setenv("POTSTILL_API_KEY", "a-key")
     monkeypatch.setattr(deployment, "served_models", lambda run, config: [BASE, STUDENT])
     return str(tmp_path)
 
@@ -54,6 +55,12 @@ def test_ray_serve_gets_an_application_of_the_chosen_models(run, asked, args, mo
     app = call_user_app_builder_with_args_if_necessary(deployment.build, {"run": run, **args})
     assert isinstance(app, Application)
     assert [served for served, _ in asked] == [models]
+
+
+def test_it_does_not_start_without_a_key(run, monkeypatch):
+    monkeypatch.delenv("POTSTILL_API_KEY")
+    with pytest.raises(BadInputError, match="POTSTILL_API_KEY"):
+        deployment.build(deployment.Deployed(run=run))
 
 
 def test_it_listens_to_other_machines_and_waits_for_gpus_that_are_not_up_yet(run, asked):

@@ -167,8 +167,11 @@ def test_it_demands_the_token_of_a_secret_and_holds_none(name):
     cluster = cluster_of(name)
     assert cluster["authOptions"] == {"mode": "token", "secretName": "potstill-ray-token"}
     assert "kubectl create secret generic potstill-ray-token" in guide()
-    names = [variable["name"] for pod in pods_of(cluster) for variable in environment_of(pod)]
-    assert not [name for name in names if "TOKEN" in name or "KEY" in name]
+    given = [variable for pod in pods_of(cluster) for variable in environment_of(pod)]
+    secret = [one for one in given if "TOKEN" in one["name"] or "KEY" in one["name"]]
+    assert not [one for one in secret if "secretKeyRef" not in one.get("valueFrom", {})]
+    for one in secret:
+        assert f"create secret generic {one['valueFrom']['secretKeyRef']['name']}" in guide()
 
 
 def environment_of(pod):

@@ -38,18 +38,21 @@ def run(config, guesser):
     return run
 
 
-def test_the_student_of_a_run_answers_where_ray_serve_builds_the_application(run, config):
+def test_the_student_of_a_run_answers_where_ray_serve_builds_the_application(
+    run, config, monkeypatch
+):
     import openai
     from ray import serve
     from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 
+    monkeypatch.setenv("POTSTILL_API_KEY", "a-key")
     args = {"run": str(run.root), "models": ["student"], "accelerator": "cpu"}
     with ray_session(config):
         start_serve(config)
         app = call_user_app_builder_with_args_if_necessary(build, args)
         serve.run(app, name="potstill", route_prefix="/")
         url = f"http://127.0.0.1:{config.serving.port}/v1"
-        with openai.OpenAI(base_url=url, api_key="none") as client:
+        with openai.OpenAI(base_url=url, api_key="a-key") as client:
             assert [model.id for model in client.models.list()] == ["student"]
             answer = client.chat.completions.create(
                 model="student",
