@@ -7,7 +7,10 @@ from types import SimpleNamespace
 import pytest
 from ray.exceptions import RayActorError
 from ray.train import ControllerError, FailureConfig
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+)
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2._internal.execution.failure_handling.failure_policy import FailureDecision
 from ray.train.v2.api.exceptions import WorkerGroupError
@@ -154,7 +157,7 @@ def test_a_worker_that_ray_ended_for_its_memory_gets_advice():
         _run(trainer(raises(WorkerGroupError("died", {0: killed}))))
 
 
-def test_training_goes_on_where_workers_were_lost_and_not_where_it_failed(run, monkeypatch):
+def test_training_goes_on_where_workers_were_lost_and_not_where_it_failed(run, monkeypatch, capsys):
     config = parse_config(
         {
             "run": {"folder": str(run.root)},
@@ -165,7 +168,8 @@ def test_training_goes_on_where_workers_were_lost_and_not_where_it_failed(run, m
         },
         "test",
     )
-    gone, tries = RayActorError(error_msg="the node died"), []
+    died = RayActorError(error_msg="the node died")
+    gone, tries = WorkerHealthCheckFailedError("no answer", died), []
 
     def fit(failure):
         tries.append(failure)
@@ -177,6 +181,7 @@ def test_training_goes_on_where_workers_were_lost_and_not_where_it_failed(run, m
         with pytest.raises(RunError):
             stage.train(run, config, None)
         assert len(tries) == expected
+    assert capsys.readouterr().out.count("training lost worker 1 of 2: going on") == 2
 
 
 def test_ctrl_c_in_training_is_an_interruption_and_so_it_is_after_it():

@@ -8,15 +8,16 @@ import tempfile
 import threading
 import traceback
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from cluster.config import RunConfig
-from cluster.errors import BadInputError, RunError, WorkersLostError
+from cluster.errors import RunError, WorkersLostError
 from cluster.placement import label_selector
 from cluster.progress import say
 from cluster.run_folder import RunFolder
+from cluster.session import own_error
 
 # Ray Train gives up on its workers after a minute; a node that an autoscaler adds takes longer.
 _WORKER_START_TIMEOUT_S = "900"
@@ -40,7 +41,7 @@ def train(run: RunFolder, config: RunConfig, resampler: Any, board: Any = None) 
     tries = Retrying(
         retry=retry_if_exception_type(WorkersLostError),
         stop=stop_after_attempt(1 + config.training.restarts),
-        before_sleep=lambda state: say(f"{state.outcome and state.outcome.exception()}"),
+        before_sleep=lambda state: say(f"{state.outcome and state.outcome.exception()}: going on"),
         reraise=True,
     )
     tries(_fit, run, config, resampler, board)
@@ -144,7 +145,6 @@ def _interruptible() -> Iterator[None]:
 
 
 def _run(trainer: Any) -> None:
-    import ray
     from ray.train import ControllerError, TrainingFailedError
 
     try:
@@ -152,24 +152,33 @@ def _run(trainer: Any) -> None:
     except ControllerError as error:
         raise RunError(_diagnosis(trainer.scaling_config, error)) from error
     except TrainingFailedError as error:
-        failures = getattr(error, "worker_failures", {})
-        for _, failure in sorted(failures.items()):  # worker 0 knows most
-            for cause in (failure, failure.__cause__):
-                if isinstance(cause, BadInputError | RunError):
-                    raise cause from None
-        lost = any(isinstance(found, ray.exceptions.RayActorError) for found in failures.values())
-        kind = WorkersLostError if lost and not _OUT_OF_MEMORY.search(_told(error)) else RunError
-        raise kind(_in_short(error)) from error
+        traceback.print_exception(error)  # its pages go to the log
+        failures = dict(sorted(getattr(error, "worker_failures", {}).items()))
+        told = "\n".join(map(str, [error, *failures.values()]))
+        if (lost := _lost(failures)) and not _OUT_OF_MEMORY.search(told):
+            raise WorkersLostError(
+                f"training lost worker {', '.join(map(str, lost))} of "
+                f"{trainer.scaling_config.num_workers}"
+            ) from error
+        # Worker 0 knows most, and comes first.
+        ours = next(filter(None, map(own_error, failures.values())), None)
+        raise ours or RunError(_in_short(told)) from error
 
 
-def _told(error: Exception) -> str:
-    return "\n".join(map(str, [error, *getattr(error, "worker_failures", {}).values()]))
+def _lost(failures: Mapping[int, Exception]) -> list[int]:
+    """Workers whose process or node is gone; the others' errors come of that."""
+    import ray
+
+    causes = {
+        rank: getattr(failure, "health_check_failure", failure)
+        for rank, failure in failures.items()
+    }
+    gone = ray.exceptions.RayActorError
+    return [rank for rank, cause in causes.items() if isinstance(cause, gone)]
 
 
-def _in_short(error: Exception) -> str:
-    """One line on what Ray tells in pages; the pages go to the log."""
-    traceback.print_exception(error)
-    told = _told(error)
+def _in_short(told: str) -> str:
+    """One line on what Ray tells in pages."""
     if _OUT_OF_MEMORY.search(told):
         return (
             "training failed: a node ran out of memory, and a worker on it was ended. Run again "
