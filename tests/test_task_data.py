@@ -202,8 +202,8 @@ def test_a_file_of_dialogues_that_no_human_starts_is_empty(tmp_path):
         ("a.json", "[]", "is empty"),
         ("a.jsonl", '{"question": "Q?", "answer": "1"}\n{"question', "a.jsonl line 2 is not JSON"),
         ("a.jsonl", '"text"', "line 1 is 'text', expected an object"),
-        ("a.json", '[{"question": "Q?"}]', "item 1: no answer .the row has question.; gsm8k expe"),
-        ("a.csv", "q,answer\nQ?,1\n", "line 2: no question"),
+        ("a.json", '[{"question": "Q?"}]', "has no column answer, got question; gsm8k expects"),
+        ("a.csv", "q,answer\nQ?,1\n", "has no column question, got answer, q; gsm8k"),
         ("a.csv", "question,answer\nQ?,1,2\n", "line 2 has more cells than the header"),
         ("a.jsonl", '{"question": "Q?", "answer": "I give up"}', "line 1: the gold answer is 'I g"),
         ("a.parquet", "no such thing", "is not a Parquet file"),
@@ -222,7 +222,9 @@ def test_an_id_twice(tmp_path):
     rows = arc_rows(3)
     rows[2]["id"] = "000"
     file = write(tmp_path / "a.jsonl", rows)
-    with pytest.raises(BadInputError, match=r"line 3 has the id '000' of .*line 1: give each row"):
+    with pytest.raises(
+        BadInputError, match=r"line 3: has the id '000' of .*line 1, and another problem: give"
+    ):
         load(file, name="arc_challenge")
 
 

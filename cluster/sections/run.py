@@ -1,12 +1,13 @@
 """Where a run lies, and the cluster that it works on."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from cluster.sections.base import (
     Execution,
     NonNegativeFloat,
+    Place,
     Section,
 )
 
@@ -14,11 +15,11 @@ from cluster.sections.base import (
 class Run(Section):
     """The run itself."""
 
-    folder: Execution[str]
+    folder: Execution[Place]
     """Where this run keeps its files: a path, or a URL such as s3://bucket/run."""
-    store: Execution[str] = "store"
+    store: Execution[Place] = "store"
     """Where samples are kept for every run to reuse: a path or a URL."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
     """Seeds sampling, the drawing of pairs, and their order."""
 
 
