@@ -110,8 +110,7 @@ def _reads_teacher(config: RunConfig) -> bool:
 
 
 def _check_head(name: str, folder: Path, section: Model) -> None:
-    """Refuse what `pipeline.logprobs` would score at another temperature, and what has no weights
-    to train."""
+    """Refuse what cannot be trained, and what training would score at another temperature."""
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if name == "student" and settings.get("quantization_config"):
         raise BadInputError(

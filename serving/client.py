@@ -8,6 +8,7 @@ from typing import TextIO
 
 from cluster.config import RunConfig
 from cluster.errors import BadInputError, RunError
+from cluster.teachers import is_base_url
 from cluster.waiting import waiting
 from pipeline.rows import Kind
 
@@ -31,6 +32,11 @@ def ask(
     import openai
 
     out = out or sys.stdout
+    if not is_base_url(url):
+        raise BadInputError(
+            f"--url {url} is no base URL: expected one such as http://127.0.0.1:8000/v1, as "
+            "`potstill serve` prints it"
+        )
     client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"))
     pieces = []
     try:

@@ -5,7 +5,7 @@ import threading
 from cluster.config import RunConfig
 from cluster.progress import say
 from cluster.run_folder import RunFolder
-from cluster.session import ray_session
+from cluster.session import ray_session, refuse_taken_port, starts_own_cluster
 from serving.app import Endpoint, start_serving, stop_serving
 from serving.client import example_question
 from serving.models import STUDENT, engines_of, served_models
@@ -17,6 +17,8 @@ def serve(run: RunFolder, config: RunConfig, stop: threading.Event | None = None
     Raises BadInputError for a port in use, RunError where an engine does not start.
     """
     models = served_models(run, config)
+    if starts_own_cluster(config):
+        refuse_taken_port(config.serving.host, config.serving.port)
     residents = {engine.engine_id for engine in engines_of(models).values() if engine.resident}
     with ray_session(config):
         say(f"starting {', '.join(sorted(residents))} (about a minute)")
