@@ -18,6 +18,8 @@ _TRAINER_OVERHEAD = 0.9e9  # a process with torch and DeepSpeed in it
 # Activations that a transformer layer keeps for its backward pass, in values of the hidden size a
 # token: about 34 in Korthikanti et al. (arXiv:2205.05198), for 16-bit values and a 4x MLP.
 _ACTIVATIONS_PER_LAYER = 17
+# What a config has where layers see a window, keep a state, or compress keys and values.
+_SMALL_CACHES = ("sliding_window", "layers_block_type", "kv_lora_rank")
 # How most families, and GPT-2's, end the name of the embeddings of tokens.
 _EMBEDDINGS = (".embed_tokens.weight", ".wte.weight")
 
@@ -34,6 +36,7 @@ class ModelShape:
     head_size: int
     vocabulary: int
     context: int
+    full_attention: bool = True  # False where some layer keeps less than two vectors a token
 
     @property
     def kv_values_per_token(self) -> int:
@@ -64,7 +67,14 @@ def read_shape(folder: Path, trust_remote_code: bool = False) -> ModelShape:
         head_size=getattr(config, "head_dim", None) or hidden // heads,
         vocabulary=vocabulary,
         context=getattr(config, "max_position_embeddings", 0),
+        full_attention=_has_full_attention(config),
     )
+
+
+def _has_full_attention(config: Any) -> bool:
+    kinds = set(getattr(config, "layer_types", None) or ())
+    small = any(getattr(config, name, None) for name in _SMALL_CACHES)
+    return kinds <= {"full_attention"} and not small
 
 
 def _read_config(folder: Path, trust_remote_code: bool) -> Any:

@@ -51,8 +51,7 @@ def evaluate_model(wanted: SingleEvaluation) -> dict[str, Any]:
     """
     config = _config(wanted)
     split: Literal["test", "all"] = "test" if wanted.data is None else "all"
-    if wanted.answers is not None:
-        storage.check_writable("--answers", storage.location(str(wanted.answers.parent)))
+    _check_answers(wanted.answers)
     prompts = load_prompts(config.task, split, config.run.seed)
     _check_verdict(config, prompts)
     if wanted.model.startswith(("http://", "https://")):
@@ -90,6 +89,14 @@ def _check_verdict(config: RunConfig, prompts: list[Prompt]) -> None:
             "such as --verdict '{by: function, function: \"mine.py:is_right\"}'"
         )
     check_verdict(config.task, prompts)
+
+
+def _check_answers(file: Path | None) -> None:
+    if file is None:
+        return
+    storage.check_writable("--answers", storage.location(str(file.parent)))
+    if file.is_dir():
+        raise BadInputError(f"--answers {file} is a folder, expected the name of a Parquet file")
 
 
 def _check_url(url: str) -> None:

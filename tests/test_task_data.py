@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -226,6 +227,25 @@ def test_an_id_twice(tmp_path):
         BadInputError, match=r"line 3: has the id '000' of .*line 1, and another problem: give"
     ):
         load(file, name="arc_challenge")
+
+
+def test_one_row_in_a_hundred_may_be_unusable_and_the_user_is_told(tmp_path, capsys):
+    rows = gsm8k_rows(199)
+    rows[7]["answer"] = "I see."
+    assert len(load(write(tmp_path / "a.jsonl", [*rows, {"question": " "}]), "all")) == 198
+    told = capsys.readouterr().out
+    assert "left out 2 of 200 rows: 1 with no usable gold answer, 1 with no answer (first:" in told
+    assert re.search(r"a.jsonl line 8: the gold answer is 'I see\.'.*; .*line 200: no answer", told)
+    with pytest.raises(BadInputError, match="3 of 201 rows cannot be used, more than task"):
+        load(write(tmp_path / "a.jsonl", [*rows, {"question": " "}, {"answer": "#### 1"}]), "all")
+
+
+def test_the_same_problem_with_another_gold_answer_is_a_fault(tmp_path):
+    rows = gsm8k_rows(3)
+    file = write(tmp_path / "a.jsonl", [*rows, rows[0] | {"answer": "#### 8"}])
+    assert len(load(file, "all", max_error_share=0.25)) == 3
+    with pytest.raises(BadInputError, match=r"answer is '8', and '0' at .*line 1, which has"):
+        load(file, "all", max_error_share=0.2)
 
 
 def test_places_where_nothing_is(tmp_path):

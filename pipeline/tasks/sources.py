@@ -40,13 +40,14 @@ def find_files(data: str) -> dict[Split, list[UPath]]:
     Raises BadInputError where there is none of a known format and name.
     """
     path = location(data)
-    if path.is_file():
+    there = path.exists()  # HTTP answers the other questions with an error where nothing is
+    if there and path.is_file():
         if path.suffix not in SUFFIXES:
             raise BadInputError(
                 f"task.data={data} ends in {path.suffix!r}, expected one of {', '.join(SUFFIXES)}"
             )
         return {"train": [path]}
-    if not path.is_dir():
+    if not (there and path.is_dir()):
         raise BadInputError(
             f"task.data={data}: nothing is at {path}; give a JSONL, JSON, CSV or Parquet file, a "
             "folder of train, validation and test files, or the id of a Hugging Face data set"
