@@ -283,7 +283,7 @@ def main() -> None:
     try:
         app()
     except BadInputError as error:
-        complain(f"error: {error}")
+        complain(f"error: {' '.join(str(error).split())}")  # one line, whatever a library says
         sys.exit(EXIT_BAD_INPUT)
     except RunError as error:
         complain(f"stopped: {error}")

@@ -8,6 +8,14 @@ class BadInputError(ValueError):
     """A mistake in what the user gave: what, got, expected, and what to do. Exit code 2."""
 
 
+def remote_code_error(model: object) -> BadInputError:
+    """What to raise for a model that only code of its own can load."""
+    return BadInputError(
+        f"{model} comes with code of its own, which is not run: take a model of an architecture "
+        "that transformers has, or read that code and set trust_remote_code: true in its section"
+    )
+
+
 class RunError(RuntimeError):
     """A run that cannot go on for a reason outside the configuration. Exit code 1."""
 

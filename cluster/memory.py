@@ -1,12 +1,11 @@
 """Estimates of what a model takes: memory in an engine and in a trainer, and time to run it."""
 
-import json
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import BadInputError
+from cluster.errors import BadInputError, remote_code_error
+from cluster.headers import Shapes, count_values, weight_shapes
 from cluster.sections import Engines, Training
 
 # Floating-point operations a second that a small model reaches, for rough times. CPU figures are
@@ -19,6 +18,10 @@ _TRAINER_OVERHEAD = 0.9e9  # a process with torch and DeepSpeed in it
 # Activations that a transformer layer keeps for its backward pass, in values of the hidden size a
 # token: about 34 in Korthikanti et al. (arXiv:2205.05198), for 16-bit values and a 4x MLP.
 _ACTIVATIONS_PER_LAYER = 17
+# What a config has where layers see a window, keep a state, or compress keys and values.
+_SMALL_CACHES = ("sliding_window", "layers_block_type", "kv_lora_rank")
+# How most families, and GPT-2's, end the name of the embeddings of tokens.
+_EMBEDDINGS = (".embed_tokens.weight", ".wte.weight")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class ModelShape:
     head_size: int
     vocabulary: int
     context: int
+    full_attention: bool = True  # False where some layer keeps less than two vectors a token
 
     @property
     def kv_values_per_token(self) -> int:
@@ -43,23 +47,19 @@ class ModelShape:
 def read_shape(folder: Path, trust_remote_code: bool = False) -> ModelShape:
     """The shape of a Hugging Face folder, from its config and the headers of its weights.
 
-    Raises BadInputError where the config does not tell, or is of a kind that transformers lacks.
+    Raises BadInputError where the config does not tell, is of a kind that transformers lacks, or of
+    another model than the weights, and where weights are not whole.
     """
-    from transformers import AutoConfig
-
+    config = _read_config(folder, trust_remote_code)
+    weights = weight_shapes(folder)
     try:
-        # Families name these fields differently; transformers knows GPT-2's n_layer by our names.
-        whole = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        config = whole.get_text_config()
         heads, hidden = config.num_attention_heads, config.hidden_size
         layers, vocabulary = config.num_hidden_layers, config.vocab_size
-    except (ValueError, AttributeError) as error:
-        raise BadInputError(
-            f"the shape of the model in {folder} cannot be read ({error}): expected a causal "
-            "language model whose config.json transformers can load"
-        ) from None
+    except AttributeError as error:
+        raise _unreadable(folder, error) from None
+    _check_vocabulary(folder, vocabulary, weights)
     return ModelShape(
-        parameters=sum(_count_values(file) for file in folder.glob("*.safetensors")),
+        parameters=count_values(weights),
         layers=layers,
         hidden=hidden,
         heads=heads,
@@ -67,14 +67,45 @@ def read_shape(folder: Path, trust_remote_code: bool = False) -> ModelShape:
         head_size=getattr(config, "head_dim", None) or hidden // heads,
         vocabulary=vocabulary,
         context=getattr(config, "max_position_embeddings", 0),
+        full_attention=_has_full_attention(config),
     )
 
 
-def _count_values(weights: Path) -> int:
-    # A safetensors file starts with the length of its JSON header, 8 bytes, little endian.
-    with weights.open("rb") as stream:
-        header: dict[str, Any] = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    return sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+def _has_full_attention(config: Any) -> bool:
+    kinds = set(getattr(config, "layer_types", None) or ())
+    small = any(getattr(config, name, None) for name in _SMALL_CACHES)
+    return kinds <= {"full_attention"} and not small
+
+
+def _read_config(folder: Path, trust_remote_code: bool) -> Any:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    try:
+        # Families name these fields differently; transformers knows GPT-2's n_layer by our names.
+        whole = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, AttributeError, TypeError, OSError) as error:
+        if "trust_remote_code" in str(error):
+            raise remote_code_error(folder) from None
+        raise _unreadable(folder, error) from None
+    if not trust_remote_code and type(whole) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise _unreadable(folder, f"model_type {whole.model_type!r} writes no text")
+    return whole.get_text_config()
+
+
+def _unreadable(folder: Path, error: object) -> BadInputError:
+    return BadInputError(
+        f"the shape of the model in {folder} cannot be read ({str(error).partition(chr(10))[0]}): "
+        "expected a causal language model whose config.json transformers can load"
+    )
+
+
+def _check_vocabulary(folder: Path, vocabulary: int, weights: Shapes) -> None:
+    for name, shape in weights.items():
+        if name.endswith(_EMBEDDINGS) and shape[0] != vocabulary:
+            raise BadInputError(
+                f"{folder}: config.json says vocab_size={vocabulary}, and the weights have "
+                f"{shape[0]} rows in {name}: bring both from one model"
+            )
 
 
 def engine_bytes(shape: ModelShape, engines: Engines) -> float:

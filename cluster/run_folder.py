@@ -134,7 +134,14 @@ class RunFolder:
             raise BadInputError(
                 f"no run in {self.root}: expected config.yaml there{there}; give a run's folder"
             )
-        return parse_config(yaml.safe_load(self.config_file.read_text()), str(self.config_file))
+        try:
+            raw = yaml.safe_load(self.config_file.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise BadInputError(
+                f"{self.config_file} is damaged ({' '.join(str(error).split())}): put the recipe "
+                "that the run was started with in its place, or take another run.folder"
+            ) from None
+        return parse_config(raw, str(self.config_file))
 
 
 def _shown(value: Any) -> str:
@@ -173,8 +180,8 @@ def _write_environment(path: UPath) -> None:
 def check_recipe(config: RunConfig) -> RunFolder:
     """The run folder of `config`, unchanged; refuses one that holds a run of another recipe."""
     folder = RunFolder(storage.location(config.run.folder))
-    storage.check_reachable("run.folder", folder.root)
-    storage.check_reachable("run.store", storage.location(config.run.store))
+    storage.check_writable("run.folder", folder.root)
+    storage.check_writable("run.store", storage.location(config.run.store))
     if not folder.config_file.exists():
         return folder
     before, after = recipe_of(folder.load_config()), recipe_of(config)

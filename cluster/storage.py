@@ -32,11 +32,19 @@ _STAGING = ".staging-"
 def location(text: str) -> UPath:
     """A path or URL as one kind of object; relative paths become absolute.
 
-    Raises BadInputError for a URL with a password or a token in it.
+    Raises BadInputError for a URL with a password or a token in it, of an unknown protocol or of no
+    place, and for an unknown user's home.
     """
     refuse_credentials("the place of a file or folder", text)
-    # A cached listing would hide what another process has written since.
-    path = UPath(text, use_listings_cache=False) if "://" in text else UPath(text).expanduser()
+    try:
+        # A cached listing would hide what another process has written since.
+        path = UPath(text, use_listings_cache=False) if "://" in text else UPath(text).expanduser()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise BadInputError(
+            f"{text} cannot be read ({error}): give a path, or a URL such as s3://bucket/folder"
+        ) from None
+    if "://" in text and not path.path.strip("/"):
+        raise BadInputError(f"{text} names no place: give a URL such as s3://bucket/folder")
     return path if path.protocol else path.absolute()
 
 
@@ -50,6 +58,26 @@ def check_reachable(option: str, place: UPath) -> None:
             f"{option}={place} cannot be read ({error}): check the URL, the credentials of this "
             "machine and its rights"
         ) from None
+
+
+def check_writable(option: str, place: UPath) -> None:
+    """check_reachable, and raise BadInputError where a local `place` can be no folder to write in.
+
+    Nothing is written: a bucket tells only when it is written to.
+    """
+    check_reachable(option, place)
+    if not is_local(place):
+        return
+    there = next(folder for folder in (place, *place.parents) if folder.exists())
+    if not there.is_dir():
+        raise BadInputError(
+            f"{option}={place} cannot be a folder, as {there} is a file: give another one"
+        )
+    if not os.access(there.path, os.W_OK | os.X_OK):
+        raise BadInputError(
+            f"{option}={place} cannot be written, as {there} is not open to this user: give a "
+            "folder of your own, or ask for the right to write there"
+        )
 
 
 def failures() -> tuple[type[Exception], ...]:

@@ -85,7 +85,7 @@ def impossible_judge(judge: JudgeVerdict) -> list[str]:
 def _misplaced_secrets(name: str, url: str, variable: str) -> list[str]:
     rules = [
         (
-            not _is_base_url(url),
+            not is_base_url(url),
             f"{name}.url must be a base URL such as https://api.example.com/v1, without user, "
             "password or query: a key is read from the environment, never from the configuration",
         ),
@@ -98,7 +98,12 @@ def _misplaced_secrets(name: str, url: str, variable: str) -> list[str]:
     return [message for broken, message in rules if broken]
 
 
-def _is_base_url(url: str) -> bool:
-    parts = urlsplit(url)
+def is_base_url(url: str) -> bool:
+    """Whether a client can take `url` for the base of an API: no password, query or odd port."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:  # a bracket that is not closed, a port that is no number or too large
+        return False
     plain = not (parts.query or parts.fragment or "@" in parts.netloc)
-    return parts.scheme in ("http", "https") and bool(parts.hostname) and plain
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0 and plain

@@ -12,11 +12,14 @@ from cluster import storage
 from cluster.config import RunConfig, parse_config
 from cluster.endpoint_key import key_variable
 from cluster.errors import BadInputError
+from cluster.memory import read_shape
 from cluster.progress import say
 from cluster.sections import Serving
-from cluster.session import ray_session
+from cluster.session import ray_session, refuse_taken_port, starts_own_cluster
+from cluster.teachers import is_base_url
 from evals.accuracy import Answer, answers_table
 from evals.stage import measure
+from pipeline.models import resolve_model
 from pipeline.rows import Prompt
 from pipeline.tasks import load_prompts
 from pipeline.verdicts.choice import check_verdict, has_verdicts
@@ -51,9 +54,11 @@ def evaluate_model(wanted: SingleEvaluation) -> dict[str, Any]:
     """
     config = _config(wanted)
     split: Literal["test", "all"] = "test" if wanted.data is None else "all"
+    _check_answers(wanted.answers)
     prompts = load_prompts(config.task, split, config.run.seed)
     _check_verdict(config, prompts)
     if wanted.model.startswith(("http://", "https://")):
+        _check_url(wanted.model)
         name = wanted.model_name or STUDENT
         url, variable = _with_v1(wanted.model), wanted.api_key_env or key_variable()
         result, answers = measure(url, name, split, prompts, config, variable)
@@ -69,6 +74,9 @@ def _measure_folder(
     config: RunConfig, prompts: list[Prompt], split: str
 ) -> tuple[dict[str, Any], list[Answer]]:
     model = model_of_section(BASE, config.student)
+    read_shape(resolve_model(config.student.model))  # refuses weights that are not whole
+    if starts_own_cluster(config):
+        refuse_taken_port(config.serving.host, config.serving.port)
     with ray_session(config):
         say(f"starting {config.student.model}")
         try:
@@ -85,6 +93,22 @@ def _check_verdict(config: RunConfig, prompts: list[Prompt]) -> None:
             "such as --verdict '{by: function, function: \"mine.py:is_right\"}'"
         )
     check_verdict(config.task, prompts)
+
+
+def _check_answers(file: Path | None) -> None:
+    if file is None:
+        return
+    storage.check_writable("--answers", storage.location(str(file.parent)))
+    if file.is_dir():
+        raise BadInputError(f"--answers {file} is a folder, expected the name of a Parquet file")
+
+
+def _check_url(url: str) -> None:
+    if not is_base_url(url):
+        raise BadInputError(
+            f"--model {url} is no base URL: expected one such as http://127.0.0.1:8000/v1, or a "
+            "folder"
+        )
 
 
 def _with_v1(url: str) -> str:

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import BadInputError
+from cluster.errors import BadInputError, remote_code_error
 
 _PROBE_QUESTION, _PROBE_ANSWER = "Question?", "Answer"
 
@@ -41,6 +41,11 @@ class Chat:
             {"role": "assistant", "content": _PROBE_ANSWER},
         ]
         rendered = self._render(turns, add_generation_prompt=False)
+        if _PROBE_ANSWER not in rendered:
+            raise BadInputError(
+                f"the chat template of {self.tokenizer.name_or_path} leaves out what the assistant "
+                "says: let it write the content of every message"
+            )
         closing = self._ids(rendered.rpartition(_PROBE_ANSWER)[2])
         special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
         for token in closing:
@@ -59,12 +64,20 @@ class Chat:
         return self.end_of_turn_id if pad is None else pad
 
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages,
-            chat_template=self.template,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except (TemplateError, TypeError) as error:
+            raise BadInputError(
+                f"the chat template of {self.tokenizer.name_or_path} cannot be rendered ({error}): "
+                "correct it, or set chat_template in the model's section to one that can"
+            ) from None
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -86,11 +99,9 @@ def load_chat(
 ) -> Chat:
     """The chat of a model folder; `chat_template`, a Jinja text, comes before the tokenizer's own.
 
-    Raises BadInputError where there is no template at all.
+    Raises BadInputError where there is no template at all, or no tokenizer that can be read.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model_folder, trust_remote_code=trust_remote_code)
+    tokenizer = _load_tokenizer(model_folder, trust_remote_code)
     template = chat_template or tokenizer.chat_template
     if not template:
         raise BadInputError(
@@ -98,6 +109,20 @@ def load_chat(
             "of a Jinja file"
         )
     return Chat(tokenizer, template)
+
+
+def _load_tokenizer(model_folder: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model_folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, LookupError, TypeError, AttributeError) as error:
+        if "trust_remote_code" in str(error):
+            raise remote_code_error(f"the tokenizer of {model_folder}") from None
+        raise BadInputError(
+            f"the tokenizer of {model_folder} cannot be read ({error!r}): bring tokenizer.json and "
+            "tokenizer_config.json anew"
+        ) from None
 
 
 def plain_ids(model_folder: Path, texts: Sequence[str]) -> list[list[int]]:
@@ -111,9 +136,15 @@ def plain_ids(model_folder: Path, texts: Sequence[str]) -> list[list[int]]:
 def check_chat(chat: Chat, prompt_ids: Sequence[int]) -> None:
     """Refuse what would spoil training in silence, seen on a rendered prompt.
 
-    Raises BadInputError for a doubled BOS and for a missing or doubled end-of-turn token.
+    Raises BadInputError for a template that leaves out what is said, for a doubled BOS and for a
+    missing or doubled end-of-turn token.
     """
     name = chat.tokenizer.name_or_path
+    if chat.prompt_ids("1") == chat.prompt_ids("2"):
+        raise BadInputError(
+            f"the chat template of {name} leaves out what the user says: let it write the content "
+            "of every message"
+        )
     bos = chat.tokenizer.bos_token_id
     if len(prompt_ids) > 1 and prompt_ids[0] == prompt_ids[1] == bos:
         raise BadInputError(f"the chat template of {name} writes BOS twice: remove one of them")

@@ -142,7 +142,10 @@ def _conversion(source: _Source) -> tuple[Callable[[Path, Path], None], str]:
 
 def _read_config(folder: Path, reference: str) -> dict[str, Any]:
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"it holds {type(config).__name__}")
+        return config
     except (OSError, ValueError) as error:
         raise BadInputError(
             f"{reference} has no config.json that can be read ({error}): expected a Hugging Face "

@@ -1,10 +1,14 @@
 """The plan of a teacher that others serve: how many requests, and what they may cost."""
 
+import os
 from collections.abc import Sequence
 from math import isinf
 
 from cluster import storage
 from cluster.config import RunConfig
+from cluster.errors import BadInputError
+from cluster.sections import Endpoint
+from cluster.teachers import option_of
 from pipeline.chat import Chat
 from pipeline.endpoint import check_endpoint
 from pipeline.foreign import (
@@ -47,12 +51,23 @@ def plan_foreign(
         prompt_tokens += round(left * _mean_prompt_tokens(asked, prompts, chat))
         tokens += left * asked.max_new_tokens
     if missing:  # else nothing will be asked, and the endpoint need not be there any more
+        _check_key(name, writer.endpoint)
         check_endpoint(chat_endpoint(writer.model, writer.endpoint))
     what = f"{teacher.title}: {total} requests, {total - missing} of them in the store"
     if (pace := writer.endpoint.requests_per_minute) and missing:
         what += f", the rest in at least {missing / pace:.0f} min"
     budget = account_of(writer, config, store).open_budget()
     return [(name, what), (f"{name}'s cost", _cost(budget, prompt_tokens, tokens))]
+
+
+def _check_key(name: str, endpoint: Endpoint) -> None:
+    """Refuse a variable that is named and not set; without a name an endpoint may need no key."""
+    variable = endpoint.api_key_env
+    if variable != Endpoint.model_fields["api_key_env"].default and not os.environ.get(variable):
+        raise BadInputError(
+            f"{option_of(name)}.endpoint.api_key_env={variable} is not set in this environment: "
+            f"export {variable} with the key, or remove the option where no key is needed"
+        )
 
 
 def _mean_prompt_tokens(writer: ForeignWriter, prompts: Sequence[Prompt], chat: Chat) -> float:

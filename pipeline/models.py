@@ -53,6 +53,12 @@ def resolve_model(reference: str, cache: Path | None = None) -> Path:
         folder = _download(reference, cache / "downloads")
     elif HUB_ID.fullmatch(reference):
         folder = _from_hub(reference)
+    elif folder.is_file():
+        raise BadInputError(
+            f"{reference} is a file, expected a Hugging Face model folder, with config.json, "
+            "weights in *.safetensors and a tokenizer: give that (a GGUF file is made into one by "
+            "transformers, from_pretrained(folder, gguf_file=...))"
+        )
     else:
         raise BadInputError(
             f"no model {reference!r}: expected a folder that exists, a URL, a Hugging Face id such "

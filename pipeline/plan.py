@@ -28,6 +28,7 @@ from pipeline.chat import Chat, check_same_tokenizer
 from pipeline.foreign_plan import plan_foreign
 from pipeline.pairs import draws_from_latest
 from pipeline.probing import Probe, Splits, check_training_length, probe_model
+from pipeline.room import check_room
 from pipeline.tasks import load_prompts
 from pipeline.tasks.task import SPLITS
 from pipeline.verdicts.choice import check_verdict, has_verdicts
@@ -88,6 +89,8 @@ def plan_run(config: RunConfig) -> Plan:
             if config.training.kl_weight:
                 teacher = probes["teacher"]
                 plan.check(lambda: check_same_tokenizer(teacher.chat, student.chat))
+            models = {name: (each, probes[name].shape) for name, each in _models(config).items()}
+            plan.check(lambda: check_room(config, models))
             _plan_models(plan, config, probes)
             _plan_work(plan, config, len(splits["train"]), probes)
     return plan

@@ -34,6 +34,8 @@ def prepare_folder(
     with another note is replaced. A folder that is ready is left as it is. Raises BadInputError for
     an `out` that holds something else.
     """
+    if out:
+        storage.check_writable("--out", storage.location(str(out)))
     target = out.absolute() if out else prepared_folder(name, cache)
     if _is_ready(target, note):
         return target

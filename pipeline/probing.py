@@ -39,8 +39,9 @@ class Probe:
 def probe_model(name: str, section: Model, config: RunConfig, splits: Splits) -> Probe:
     """Look at "teacher", "student" or a further teacher.
 
-    Raises BadInputError for a model that is not there, a template that would spoil training, a
-    context that is too short, and a head that training cannot score.
+    Raises BadInputError for a model that is not there or not whole, a template that would spoil
+    training, a vocabulary other than the weights', a context that is too short, and a student whose
+    head training cannot score, or whose weights it cannot change.
     """
     folder = resolve_model(section.model)
     shape = memory.read_shape(folder, section.trust_remote_code)
@@ -49,6 +50,7 @@ def probe_model(name: str, section: Model, config: RunConfig, splits: Splits) ->
     chat = load_chat(folder, section.chat_template, section.trust_remote_code)
     trained = _longest_prompts(chat, section, splits["train"])
     check_chat(chat, trained[0])
+    _check_vocabulary(folder, chat, shape, trained[0])
     engines, new_tokens = config.engines.max_model_len, config.sampling.max_new_tokens
     _check_context("engines", engines, name, shape)
     # Where responses are scored, vLLM wants room for one token after the last.
@@ -89,6 +91,18 @@ def _check_context(part: str, context: int, name: str, shape: memory.ModelShape)
         )
 
 
+def _check_vocabulary(
+    folder: Path, chat: Chat, shape: memory.ModelShape, prompt_ids: list[int]
+) -> None:
+    # Of tokens that are added past the end, such as Gemma's for images, no text makes use.
+    largest = max(chat.tokenizer.vocab_size - 1, chat.end_of_turn_id, *prompt_ids)
+    if largest >= shape.vocabulary:
+        raise BadInputError(
+            f"{folder}: its tokenizer has ids up to {largest}, and its embeddings have "
+            f"{shape.vocabulary} rows: bring the tokenizer of this very model"
+        )
+
+
 def _reads_teacher(config: RunConfig) -> bool:
     """Whether `pipeline.logprobs` reads the teacher too."""
     by_pass = config.scoring.engine == "forward" and "teacher" in config.scored_by
@@ -96,8 +110,13 @@ def _reads_teacher(config: RunConfig) -> bool:
 
 
 def _check_head(name: str, folder: Path, section: Model) -> None:
-    """Refuse what `pipeline.logprobs` would score at another temperature."""
+    """Refuse what cannot be trained, and what training would score at another temperature."""
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if name == "student" and settings.get("quantization_config"):
+        raise BadInputError(
+            f"student.model={section.model} has quantised weights, which cannot be trained: give "
+            "the model that they were made of"
+        )
     scales = {name: settings[name] for name in _SCALES if settings.get(name, 1) not in (1, None)}
     if scales:
         raise BadInputError(

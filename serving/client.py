@@ -11,6 +11,7 @@ from cluster.config import RunConfig
 from cluster.credentials import refuse_credentials
 from cluster.endpoint_key import key_variable
 from cluster.errors import BadInputError, RunError
+from cluster.teachers import is_base_url
 from cluster.waiting import waiting
 from pipeline.endpoint import without_key
 from pipeline.rows import Kind
@@ -37,6 +38,11 @@ def ask(
     import openai
 
     refuse_credentials("--url", url)
+    if not is_base_url(url):
+        raise BadInputError(
+            f"--url {url} is no base URL: expected one such as http://127.0.0.1:8000/v1, as "
+            "`potstill serve` prints it"
+        )
     out, variable = out or sys.stdout, api_key_env or key_variable()
     client = openai.OpenAI(base_url=url, api_key=os.environ.get(variable) or "none")
     pieces = []

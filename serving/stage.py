@@ -6,7 +6,7 @@ from cluster.config import RunConfig
 from cluster.endpoint_key import KEY_VARIABLE, endpoint_key, refuse_open_endpoint
 from cluster.progress import say
 from cluster.run_folder import RunFolder
-from cluster.session import ray_session
+from cluster.session import ray_session, refuse_taken_port, starts_own_cluster
 from serving.app import Endpoint, start_serving, stop_serving
 from serving.client import example_question
 from serving.models import STUDENT, engines_of, served_models
@@ -20,6 +20,8 @@ def serve(run: RunFolder, config: RunConfig, stop: threading.Event | None = None
     """
     refuse_open_endpoint(config.serving.host)
     models = served_models(run, config)
+    if starts_own_cluster(config):
+        refuse_taken_port(config.serving.host, config.serving.port)
     residents = {engine.engine_id for engine in engines_of(models).values() if engine.resident}
     with ray_session(config):
         say(f"starting {', '.join(sorted(residents))} (about a minute)")

@@ -3,7 +3,10 @@
 import functools
 import json
 import os
+import re
+import shutil
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +16,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+import yaml
 
 # Tiny models on busy cores: threads that wait for one another cost more than they bring.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -226,6 +230,70 @@ def no_ray_settings(monkeypatch, tmp_path):
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def recipe(tiny_llama, tmp_path, monkeypatch, free_port) -> Path:
+    """A configuration that could run, on data and a student of one's own beside it."""
+    work = tmp_path / "work"
+    (work / "data").mkdir(parents=True)
+    for split, first in (("train", 0), ("validation", 10), ("test", 20)):
+        rows = [
+            {"question": f"Tom has {n} pens and buys 5 more. How many?", "answer": f"#### {n + 5}"}
+            for n in range(first, first + 5)
+        ]
+        (work / "data" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    shutil.copytree(tiny_llama, work / "student")
+    config = {
+        "run": {"folder": "run"},
+        "cluster": {"accelerator": "cpu"},
+        "task": {"name": "gsm8k", "data": "data"},
+        "teacher": {"model": str(tiny_llama)},
+        "student": {"model": "student"},
+        "sampling": {"max_new_tokens": 40},
+        "training": {"max_length": 128},
+        "engines": {"max_model_len": 128},
+        "serving": {"max_model_len": 128, "port": free_port()},
+    }
+    (work / "recipe.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("POTSTILL_CACHE", str(tmp_path / "cache"))
+    return work / "recipe.yaml"
+
+
+@pytest.fixture
+def refused(recipe, monkeypatch, capsys):
+    """Runs a command that must be refused, and gives the line that the user sees.
+
+    That is: exit code 2, one line on standard error, no Ray, and all files as they were.
+    """
+    import ray
+
+    import potstill
+
+    def start(*_, **__):
+        raise AssertionError("Ray was started")
+
+    def contents() -> dict[Path, bytes | None]:
+        found = recipe.parent.rglob("*")
+        return {path: path.read_bytes() if path.is_file() else None for path in found}
+
+    def run(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["potstill", *map(str, arguments)])
+        before = contents()
+        with pytest.raises(SystemExit) as stop:
+            potstill.main()
+        assert stop.value.code == 2
+        assert contents() == before
+        error = capsys.readouterr().err
+        assert re.fullmatch(r"error: [^\n]+\n", error)
+        return error
+
+    monkeypatch.setattr(ray, "init", start)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    # It would take the error from where the test reads it; its log lies in the cache.
+    monkeypatch.setattr(potstill, "hush", lambda log_file: None)
+    return run
 
 
 @pytest.fixture(scope="session")

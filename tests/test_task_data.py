@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -202,8 +203,8 @@ def test_a_file_of_dialogues_that_no_human_starts_is_empty(tmp_path):
         ("a.json", "[]", "is empty"),
         ("a.jsonl", '{"question": "Q?", "answer": "1"}\n{"question', "a.jsonl line 2 is not JSON"),
         ("a.jsonl", '"text"', "line 1 is 'text', expected an object"),
-        ("a.json", '[{"question": "Q?"}]', "item 1: no answer .the row has question.; gsm8k expe"),
-        ("a.csv", "q,answer\nQ?,1\n", "line 2: no question"),
+        ("a.json", '[{"question": "Q?"}]', "has no column answer, got question; gsm8k expects"),
+        ("a.csv", "q,answer\nQ?,1\n", "has no column question, got answer, q; gsm8k"),
         ("a.csv", "question,answer\nQ?,1,2\n", "line 2 has more cells than the header"),
         ("a.jsonl", '{"question": "Q?", "answer": "I give up"}', "line 1: the gold answer is 'I g"),
         ("a.parquet", "no such thing", "is not a Parquet file"),
@@ -222,8 +223,29 @@ def test_an_id_twice(tmp_path):
     rows = arc_rows(3)
     rows[2]["id"] = "000"
     file = write(tmp_path / "a.jsonl", rows)
-    with pytest.raises(BadInputError, match=r"line 3 has the id '000' of .*line 1: give each row"):
+    with pytest.raises(
+        BadInputError, match=r"line 3: has the id '000' of .*line 1, and another problem: give"
+    ):
         load(file, name="arc_challenge")
+
+
+def test_one_row_in_a_hundred_may_be_unusable_and_the_user_is_told(tmp_path, capsys):
+    rows = gsm8k_rows(199)
+    rows[7]["answer"] = "I see."
+    assert len(load(write(tmp_path / "a.jsonl", [*rows, {"question": " "}]), "all")) == 198
+    told = capsys.readouterr().out
+    assert "left out 2 of 200 rows: 1 with no usable gold answer, 1 with no answer (first:" in told
+    assert re.search(r"a.jsonl line 8: the gold answer is 'I see\.'.*; .*line 200: no answer", told)
+    with pytest.raises(BadInputError, match="3 of 201 rows cannot be used, more than task"):
+        load(write(tmp_path / "a.jsonl", [*rows, {"question": " "}, {"answer": "#### 1"}]), "all")
+
+
+def test_the_same_problem_with_another_gold_answer_is_a_fault(tmp_path):
+    rows = gsm8k_rows(3)
+    file = write(tmp_path / "a.jsonl", [*rows, rows[0] | {"answer": "#### 8"}])
+    assert len(load(file, "all", max_error_share=0.25)) == 3
+    with pytest.raises(BadInputError, match=r"answer is '8', and '0' at .*line 1, which has"):
+        load(file, "all", max_error_share=0.2)
 
 
 def test_places_where_nothing_is(tmp_path):

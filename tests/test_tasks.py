@@ -108,7 +108,7 @@ def test_an_option_that_another_row_has_is_not_read():
         ("medqa", {"options": None}, "no options"),
         ("chat", {"prompt": None}, "no prompt or question or conversations .the row has prompt"),
         ("chat", {"prompt": " "}, "question is empty"),
-        ("chat", {"prompt": ["Hello"]}, r"prompt is .\['Hello'\].*expected a text"),
+        ("chat", {"prompt": ["Hello"]}, r"prompt is \['Hello'\], expected a text"),
         ("chat", {"prompt": None, "conversations": "Hello"}, "'Hello', which is no JSON"),
         ("chat", {"prompt": None, "conversations": ["Hello"]}, "expected turns such as"),
     ],

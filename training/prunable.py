@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import BadInputError
+from cluster.headers import weight_shapes
 
 # model_type of a config.json -> whether the engines take a head size apart from the number of
 # heads. Without one they divide the hidden size by that number, so that no head can go.
@@ -32,13 +33,14 @@ class Prunable:
 def read_prunable(folder: Path, reference: str) -> Prunable:
     """What of the model in `folder` can be pruned; errors call it `reference`.
 
-    Raises BadInputError for an architecture that is not supported, remote code, and quantised
-    weights.
+    Raises BadInputError for an architecture that is not supported, remote code, and weights that
+    are quantised or not whole.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model_type = _check_architecture(folder, reference)
+    weight_shapes(folder)  # refuses what is not whole, before hours of work
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

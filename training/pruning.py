@@ -83,6 +83,7 @@ def _check_out(place: UPath) -> None:
     storage.check_reachable("out", place)
     if place.is_file() or (place.exists() and any(place.iterdir())):
         raise BadInputError(f"out={place} already holds something: give a new or an empty folder")
+    storage.check_writable("out", place)
 
 
 def _check_memory(reference: str, prunable: Prunable) -> None:

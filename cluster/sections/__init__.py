@@ -5,7 +5,6 @@ from cluster.sections.base import (
     Dtype,
     Execution,
     NonNegativeFloat,
-    NonNegativeInt,
     Section,
     Share,
 )
@@ -31,7 +30,6 @@ __all__ = [
     "Lora",
     "Model",
     "NonNegativeFloat",
-    "NonNegativeInt",
     "Pairs",
     "Run",
     "Sampling",

@@ -14,8 +14,8 @@ EXECUTION = "execution"
 Execution = Annotated[T, EXECUTION]
 
 Share = Annotated[float, Field(ge=0, le=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
+NonEmpty = Annotated[str, Field(min_length=1)]
 Dtype = Literal["bfloat16", "float16", "float32"]
 
 
@@ -31,7 +31,18 @@ def _read_template(value: str) -> str:
 Template = Annotated[str, AfterValidator(_read_template)]
 
 
-class Section(BaseModel):
-    """A group of options: frozen, and unknown keys are refused."""
+def _check_place(value: str) -> str:
+    if not value.strip() or not value.isprintable():
+        raise ValueError("is no name, path or URL: give one, without control characters")
+    return value
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+Place = Annotated[str, AfterValidator(_check_place)]
+
+
+class Section(BaseModel):
+    """A group of options: frozen; unknown keys and numbers that are not finite are refused."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )

@@ -8,7 +8,9 @@ from pydantic import PositiveFloat, PositiveInt
 from cluster.sections.base import (
     Dtype,
     Execution,
+    NonEmpty,
     NonNegativeFloat,
+    Place,
     Section,
     Template,
 )
@@ -26,7 +28,7 @@ class FewShot(Section):
 class Model(Section):
     """A model, and how it is talked to."""
 
-    model: str
+    model: Place
     """A model folder, its URL, a Hugging Face id, or a name that `potstill models` prepares; of a
     teacher with an `endpoint` the id that it has there."""
     chat_template: Template | None = None
@@ -36,7 +38,7 @@ class Model(Section):
     """The dtype in which the model samples."""
     parameters: Execution[PositiveInt | None] = None
     """How many the model has, so that a table's cost can be told before its weights are at hand."""
-    stop: tuple[str, ...] = ()
+    stop: tuple[NonEmpty, ...] = ()
     """Strings that end a trace, beside the model's own end-of-turn token."""
     trust_remote_code: bool = False
     """Run code that comes with the model. Leave it off."""

@@ -2,12 +2,13 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, PositiveInt
+from pydantic import AfterValidator, Field, PositiveInt
 
 from cluster.placement import check_labels
 from cluster.sections.base import (
     Execution,
     NonNegativeFloat,
+    Place,
     Section,
 )
 
@@ -17,11 +18,11 @@ Labels = Annotated[str, AfterValidator(check_labels)]
 class Run(Section):
     """The run itself."""
 
-    folder: Execution[str]
+    folder: Execution[Place]
     """Where this run keeps its files: a path, or a URL such as s3://bucket/run."""
-    store: Execution[str] = "store"
+    store: Execution[Place] = "store"
     """Where samples are kept for every run to reuse: a path or a URL."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
     """Seeds sampling, the drawing of pairs, and their order."""
 
 

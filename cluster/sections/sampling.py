@@ -11,11 +11,14 @@ from cluster.sections.base import (
     Share,
 )
 
+# Cores as vLLM takes them: a list of ranges for each process of an engine, or its own choice.
+_CORES = r"^(auto|nobind|\d+(-\d+)?([,|]\d+(-\d+)?)*)$"
+
 
 class Sampling(Section):
     """How traces are sampled from teacher and students."""
 
-    samples: PositiveInt = 8
+    samples: Annotated[int, Field(ge=1, le=10_000)] = 8
     """K: traces sampled for each prompt."""
     temperature: NonNegativeFloat = 0.8
     """Softmax temperature of the sampling; 0 is greedy, and then samples must be 1."""
@@ -42,7 +45,7 @@ class Engines(Section):
     """GPUs (or CPU processes) that share one engine's model."""
     cpus_per_engine: Execution[PositiveFloat] = 1
     """Logical CPUs that an engine holds for each of its processes."""
-    cpu_threads: Execution[str | None] = None
+    cpu_threads: Execution[Annotated[str, Field(pattern=_CORES)] | None] = None
     """Cores that vLLM binds to on a CPU, such as "0-3"; null means all of the machine's."""
     max_model_len: Execution[PositiveInt] = 2048
     """Context of the engine in tokens: prompt and response."""

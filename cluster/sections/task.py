@@ -6,7 +6,9 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from cluster.sections.base import (
     Execution,
+    Place,
     Section,
+    Share,
     Template,
 )
 
@@ -65,8 +67,11 @@ class Task(Section):
 
     name: str
     """A task of pipeline/tasks, such as word_problems or gsm8k."""
-    data: str | None = None
+    data: Place | None = None
     """A Hugging Face id, or a JSONL, JSON, CSV or Parquet file or folder; null: the task's own."""
+    max_error_share: Execution[Share] = 0.01
+    """Rows that cannot be used are left out and counted; more than this share of a part is refused,
+    before the run starts."""
     train_prompts: PositiveInt | None = None
     """How many prompts to distil on; null takes all."""
     validation_prompts: PositiveInt | None = None

@@ -7,10 +7,11 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from cluster.sections.base import (
     Execution,
     NonNegativeFloat,
-    NonNegativeInt,
     Section,
     Share,
 )
+
+_Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Lora(Section):
@@ -20,7 +21,7 @@ class Lora(Section):
     """Rank of the low-rank update of each linear layer."""
     alpha: PositiveFloat = 32
     """Scale of the update: alpha / rank."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: _Decay = 0.0
     """Dropout before the update."""
 
 
@@ -52,7 +53,7 @@ class Training(Section):
     """Tokens whose NLL is learned: the response alone, or the prompt as well."""
     nll_reduction: Literal["tokens", "pairs"] = "tokens"
     """What the NLL is a mean over: the tokens of the global batch, or its pairs' own means."""
-    epochs: NonNegativeInt = 5
+    epochs: Annotated[int, Field(ge=0, le=999)] = 5
     """Passes over the pairs, negatives drawn anew before each; 0 only evaluates the base student
     and the teacher."""
     steps_per_epoch: PositiveInt | None = None
@@ -62,7 +63,7 @@ class Training(Section):
     """Peak learning rate of AdamW."""
     warmup_share: Share = 0.05
     """Share of all steps in which the learning rate rises; a cosine to 0 follows."""
-    betas: tuple[Share, Share] = (0.9, 0.95)
+    betas: tuple[_Decay, _Decay] = (0.9, 0.95)
     """AdamW's decay of its first and second moments."""
     weight_decay: NonNegativeFloat = 0.0
     """AdamW's weight decay."""
@@ -93,7 +94,7 @@ class Training(Section):
     save_minutes: Execution[PositiveFloat] = 30
     """Save the trainer's state so often within an epoch; it is always saved between two epochs, and
     when the run is told to stop (SIGTERM)."""
-    restarts: Execution[NonNegativeInt] = 3
+    restarts: Execution[Annotated[int, Field(ge=0)]] = 3
     """How often training goes on by itself after a worker, or its node, was lost."""
     resample_timeout_s: Execution[PositiveFloat] = 3600
     """How long workers wait for the next epoch's pairs before they stop with a diagnosis."""

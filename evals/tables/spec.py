@@ -27,7 +27,7 @@ class Block(Section):
     """The recipe of its cells, where it is not the table's."""
     options: Options = Field(default_factory=dict)
     """What its runs change in the recipe, such as student.model."""
-    arms: tuple[str, ...]
+    arms: Annotated[tuple[str, ...], Field(min_length=1)]
     """Names of arms, in the order of the rows."""
 
 
@@ -40,9 +40,9 @@ class TableSpec(Section):
     """The recipe that every cell runs, relative to this file."""
     folder: str
     """Where the runs of the cells and the table itself lie: a path or a URL."""
-    blocks: tuple[Block, ...]
+    blocks: Annotated[tuple[Block, ...], Field(min_length=1)]
     """Students with their arms."""
-    tasks: dict[str, Options]
+    tasks: Annotated[dict[str, Options], Field(min_length=1)]
     """Columns by name, each with what it changes in the recipe."""
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
     """Each cell is run with each of these."""
@@ -72,7 +72,7 @@ def is_table(path: Path) -> bool:
     """Whether a file is a table and not a recipe."""
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, UnicodeDecodeError):
         return False
     return isinstance(raw, dict) and "blocks" in raw
 
@@ -84,7 +84,7 @@ def load_table(path: Path) -> tuple[TableSpec, list[Cell]]:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
         spec = TableSpec.model_validate(raw)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadInputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
         problems = "; ".join(

@@ -1,12 +1,12 @@
 """ARC-Challenge: science questions with 3 to 5 options, labelled A to E or 1 to 5."""
 
-from pipeline.tasks.task import Problem, Row, Task, labelled_texts
+from pipeline.tasks.task import Problem, Row, Task, labelled_texts, text_of
 
 
 def read(row: Row) -> Problem:
     """A question, its options under the item's own labels, and the right label."""
     return Problem(
-        question=str(row["question"]).strip(),
+        question=text_of(row, "question"),
         gold=str(row["answerKey"]).strip(),
         choices=labelled_texts(row),
     )

@@ -9,8 +9,8 @@ reference answer, and `tests`, Python code.
 import json
 from typing import Any
 
-from cluster.errors import BadInputError
-from pipeline.tasks.task import Problem, Row, Task, digest_problem, parse_cell
+from pipeline.tasks.faults import BadRowError
+from pipeline.tasks.task import Problem, Row, Task, parse_cell, text_of
 
 _HUMAN = ("human", "user")
 
@@ -22,13 +22,11 @@ def read(row: Row) -> Problem | None:
             return _problem(row, column)
     words = _first_words(row)
     # The id of such a row is that of its dialogue, which others open with the same words.
-    return Problem(words, problem_id=digest_problem(words, None)) if words else None
+    return Problem(words, any_id=True) if words else None
 
 
 def _problem(row: Row, column: str) -> Problem:
-    if not isinstance(row[column], str):
-        raise BadInputError(f"{column} is {str(row[column])[:80]!r}, expected a text")
-    return Problem(row[column].strip(), _text(row, "gold"), tests=_text(row, "tests"))
+    return Problem(text_of(row, column), _text(row, "gold"), tests=_text(row, "tests"))
 
 
 def _text(row: Row, column: str) -> str | None:
@@ -44,9 +42,10 @@ def _first_words(row: Row) -> str:
     if isinstance(turns, str):
         turns = parse_cell(turns, "conversations")
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise BadInputError(
+        raise BadRowError(
+            "conversations that cannot be read",
             f'conversations is {str(turns)[:80]!r}, expected turns such as {{"from": "human", '
-            '"value": "..."}'
+            '"value": "..."}',
         )
     if not turns or turns[0].get("from") not in _HUMAN:
         return ""

@@ -3,12 +3,12 @@
 The hub has no validation part: it is carved out of train.
 """
 
-from pipeline.tasks.task import Problem, Row, Task
+from pipeline.tasks.task import Problem, Row, Task, text_of
 
 
 def read(row: Row) -> Problem:
     """A question and the number behind the last "####" of its answer."""
-    return Problem(str(row["question"]).strip(), str(row["answer"]).rpartition("####")[2].strip())
+    return Problem(text_of(row, "question"), str(row["answer"]).rpartition("####")[2].strip())
 
 
 TASK = Task(

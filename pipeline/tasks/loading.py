@@ -1,5 +1,7 @@
 """From the task section of a configuration to the prompts of one split."""
 
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Literal
 
@@ -8,17 +10,19 @@ from cluster.errors import BadInputError
 from cluster.progress import say
 from pipeline.rows import Prompt
 from pipeline.tasks.catalogue import TASKS
+from pipeline.tasks.faults import BadRowError, Faults
 from pipeline.tasks.sources import Located, find_files, looks_local, read_file, read_hub
 from pipeline.tasks.splits import fill_parts, first_prompts, take, without_repeats
-from pipeline.tasks.task import SPLITS, Split, Task, digest_problem
+from pipeline.tasks.task import SPLITS, Row, Split, Task
 
 
 def load_prompts(section: sections.Task, split: Split | Literal["all"], seed: int) -> list[Prompt]:
     """The prompts of a split: the first N of a seeded permutation, N as the section gives it.
 
     "all" is every prompt that the data has, whatever its split, for evaluating on a file; its N is
-    `test_prompts`. Raises BadInputError for data that are missing, empty, malformed, without gold
-    answers, with an id twice, or fewer than asked.
+    `test_prompts`. Rows that cannot be used are left out, and the user is told. Raises
+    BadInputError for data that are missing, empty or malformed, with a larger share of such rows
+    than `max_error_share`, or fewer than asked.
     """
     task = _task(section.name)
     count = _count(section, split)
@@ -27,10 +31,10 @@ def load_prompts(section: sections.Task, split: Split | Literal["all"], seed: in
     if task.generate is not None and section.data is None:
         made = [task.generate(section, part, seed) for part in splits]
         return take(chain.from_iterable(made), count, what)
-    found, skipped = _load_parts(task, section.data)
-    if rows := sum(skipped.get(part, 0) for part in splits):
-        say(f"{what}: left out {rows} {task.skips}")
-    parts, lost = without_repeats(fill_parts(found))
+    found = _load_parts(task, section)
+    _tell_left_out(task, [found[part] for part in splits if part in found], what)
+    whole = {split: part.prompts for split, part in found.items()}
+    parts, lost = without_repeats(fill_parts(whole))
     if repeats := sum(lost[part] for part in splits):
         say(f"{what}: left out {repeats} prompts that repeat another part's")
     chosen = list(chain.from_iterable(parts[part] for part in splits))
@@ -60,15 +64,81 @@ def _task(name: str) -> Task:
     return TASKS[name]
 
 
-def _load_parts(task: Task, data: str | None) -> tuple[dict[Split, list[Prompt]], dict[Split, int]]:
-    """The prompts of each part that the data has, and how many of its rows the task skips."""
-    source = data or task.hub_id
+@dataclass
+class _Part:
+    """What the rows of one part of the data became."""
+
+    rows: int = 0
+    skipped: int = 0  # by the task
+    faults: Faults = field(default_factory=Faults)
+    columns: set[str] = field(default_factory=set)  # that any row has
+    known: dict[str, tuple[Prompt, str]] = field(default_factory=dict)  # with its place, by id
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The prompts in the order of the rows."""
+        return [prompt for prompt, _ in self.known.values()]
+
+    def read(self, task: Task, where: str, row: Row) -> None:
+        """Take a row, or count its fault."""
+        self.rows += 1
+        self.columns.update(str(name).strip() for name in row)
+        try:
+            prompt = task.prompt(row)
+            if prompt is None:
+                self.skipped += 1
+            else:
+                self._add(prompt, where)
+        except BadRowError as error:
+            self.faults.add(where, error)
+
+    def _add(self, prompt: Prompt, where: str) -> None:
+        """Add a prompt, of rows that are the same the first."""
+        first, place = self.known.setdefault(prompt.prompt_id, (prompt, where))
+        if (first.question, first.choices) != (prompt.question, prompt.choices):
+            raise BadRowError(
+                "an id that another row has",
+                f"has the id {prompt.prompt_id!r} of {place}, and another problem: give each row "
+                "its own id, or leave the column out",
+            )
+        if first.gold != prompt.gold and prompt.kind != "open":
+            raise BadRowError(
+                "another gold answer than the same problem before",
+                f"the gold answer is {prompt.gold!r}, and {first.gold!r} at {place}, which has the "
+                "same problem: keep the right one",
+            )
+
+
+def _load_parts(task: Task, section: sections.Task) -> dict[Split, _Part]:
+    """Each part that the data has. Raises BadInputError where too many of its rows have faults."""
+    source = section.data or task.hub_id
     assert source is not None  # a task without a home on the hub makes its own prompts
-    parts: dict[Split, list[Prompt]] = {}
-    skipped: dict[Split, int] = {}
+    parts: dict[Split, _Part] = {}
     for split, rows in _raw_parts(task, source).items():
-        parts[split], skipped[split] = _read_prompts(task, rows, f"{source} ({split})")
-    return parts, skipped
+        part = parts[split] = _Part()
+        for where, row in rows:
+            part.read(task, where, row)
+        _check_part(task, part, f"{source} ({split})", section.max_error_share)
+    return parts
+
+
+def _check_part(task: Task, part: _Part, what: str, max_error_share: float) -> None:
+    if part.rows and (missing := task.missing(part.columns)):
+        raise BadInputError(
+            f"{what} has no column {missing}, got {', '.join(sorted(part.columns))}; {task.name} "
+            f"expects {task.expects}: rename the columns"
+        )
+    part.faults.check(what, part.rows, max_error_share)
+    if not part.known:
+        raise BadInputError(f"{what} is empty: expected rows with {task.expects}")
+
+
+def _tell_left_out(task: Task, parts: Iterable[_Part], what: str) -> None:
+    for part in parts:
+        if part.skipped:
+            say(f"{what}: left out {part.skipped} {task.skips}")
+        if part.faults.rows:
+            say(f"{what}: left out {part.faults.rows} of {part.rows} rows: {part.faults}")
 
 
 def _raw_parts(task: Task, source: str) -> dict[Split, Located]:
@@ -76,28 +146,3 @@ def _raw_parts(task: Task, source: str) -> dict[Split, Located]:
         return read_hub(source, task.hub_config if source == task.hub_id else None)
     files = find_files(source)
     return {split: chain.from_iterable(map(read_file, files[split])) for split in files}
-
-
-def _read_prompts(task: Task, rows: Located, what: str) -> tuple[list[Prompt], int]:
-    """The prompts of raw rows, of rows without an id that are the same the first; the skipped."""
-    prompts: dict[str, Prompt] = {}
-    places: dict[str, str] = {}
-    skipped = 0
-    for where, row in rows:
-        try:
-            prompt = task.prompt(row)
-        except BadInputError as error:
-            raise BadInputError(f"{where}: {error}") from None
-        if prompt is None:
-            skipped += 1
-            continue
-        known = prompts.setdefault(prompt.prompt_id, prompt)
-        place = places.setdefault(prompt.prompt_id, where)
-        if place != where and known.prompt_id != digest_problem(prompt.question, prompt.choices):
-            raise BadInputError(
-                f"{where} has the id {prompt.prompt_id!r} of {place}: give each row its own id, or "
-                "leave the column out"
-            )
-    if not prompts:
-        raise BadInputError(f"{what} is empty: expected rows with {task.expects}")
-    return list(prompts.values()), skipped

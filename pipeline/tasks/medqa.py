@@ -5,7 +5,7 @@ The hub has no validation part: it is carved out of train.
 
 import re
 
-from pipeline.tasks.task import Problem, Row, Task, nested
+from pipeline.tasks.task import Problem, Row, Task, nested, text_of
 
 # What an export to CSV left behind: a line end and a lone quote, and quotes doubled twice.
 _STRAY_END = re.compile(r'\s*\n\s*"$')
@@ -18,7 +18,7 @@ def read(row: Row) -> Problem:
         for label, text in nested(row, "options").items()
         if text is not None  # a column of Parquet gives every row the labels of all rows
     }
-    return Problem(str(row["question"]).strip(), str(row["answer_idx"]).strip(), options)
+    return Problem(text_of(row, "question"), str(row["answer_idx"]).strip(), options)
 
 
 def _without_artefacts(option: str) -> str:

@@ -3,13 +3,13 @@
 Some of its test rows repeat a train row; the loading leaves those out.
 """
 
-from pipeline.tasks.task import Problem, Row, Task, labelled_texts
+from pipeline.tasks.task import Problem, Row, Task, labelled_texts, text_of
 
 
 def read(row: Row) -> Problem:
     """A question or the beginning of a sentence, its options, and the right label."""
     return Problem(
-        question=str(row["question_stem"]).strip(),
+        question=text_of(row, "question_stem"),
         gold=str(row["answerKey"]).strip(),
         choices=labelled_texts(row),
     )

@@ -8,14 +8,14 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
 from upath import UPath
 
 from cluster.errors import BadInputError
-from cluster.storage import location, read_table
+from cluster.storage import check_reachable, location, read_table
 from pipeline.tasks.task import Row, Split
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -28,6 +28,9 @@ _SPLIT_NAMES: dict[str, Split] = {
     "test": "test",
 }
 
+_PACKED = {b"PK\x03\x04": "a zip archive", b"\x1f\x8b": "packed by gzip"}
+_LARGEST_CELL = (1 << 31) - 1  # a row with a cell that is too long is no fault of the file
+
 Located = Iterator[tuple[str, Row]]  # (where, row): "test.jsonl line 3"
 
 
@@ -37,13 +40,14 @@ def find_files(data: str) -> dict[Split, list[UPath]]:
     Raises BadInputError where there is none of a known format and name.
     """
     path = location(data)
-    if path.is_file():
+    there = path.exists()  # HTTP answers the other questions with an error where nothing is
+    if there and path.is_file():
         if path.suffix not in SUFFIXES:
             raise BadInputError(
                 f"task.data={data} ends in {path.suffix!r}, expected one of {', '.join(SUFFIXES)}"
             )
         return {"train": [path]}
-    if not path.is_dir():
+    if not (there and path.is_dir()):
         raise BadInputError(
             f"task.data={data}: nothing is at {path}; give a JSONL, JSON, CSV or Parquet file, a "
             "folder of train, validation and test files, or the id of a Hugging Face data set"
@@ -63,9 +67,14 @@ def find_files(data: str) -> dict[Split, list[UPath]]:
 
 
 def looks_local(data: str) -> bool:
-    """Whether `data` is meant as a path or URL: it exists, or cannot be the id of a data set."""
+    """Whether `data` is meant as a path or URL: it exists, or cannot be the id of a data set.
+
+    Raises BadInputError where a URL cannot be asked.
+    """
+    place = location(data)
+    check_reachable("task.data", place)
     return (
-        location(data).exists()
+        place.exists()
         or data.endswith(SUFFIXES)
         or data.startswith((".", "/", "~"))
         or data.count("/") > 1
@@ -76,11 +85,7 @@ def read_file(path: UPath) -> Located:
     """The rows of one file, each with where it stands."""
     if path.suffix == ".parquet":
         return _read_parquet(path)
-    try:
-        # By hand and not with `splitlines`: texts hold U+2028 and other separators of their own.
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BadInputError(f"{path} is not UTF-8 ({error}): convert it") from None
+    text = _read_text(path)
     if path.suffix == ".csv":
         return _read_csv(path, text)
     if text.lstrip().startswith("["):
@@ -88,7 +93,21 @@ def read_file(path: UPath) -> Located:
     return _read_json_lines(path, text)
 
 
+def _read_text(path: UPath) -> str:
+    content = path.read_bytes()
+    for beginning, kind in _PACKED.items():
+        if content.startswith(beginning):
+            raise BadInputError(f"{path} is {kind}, expected text: unpack it")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInputError(
+            f"{path} is not UTF-8 ({error}): convert it, such as by iconv -t UTF-8"
+        ) from None
+
+
 def _read_json_lines(path: UPath, text: str) -> Located:
+    # By hand and not with `splitlines`: texts hold U+2028 and other separators of their own.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             where = f"{path} line {number}"
@@ -104,21 +123,26 @@ def _read_json_list(path: UPath, text: str) -> Located:
 def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInputError(
-            f"{where} is not JSON ({error}): expected one object a line, or a list of objects"
+            f"{where} is not JSON ({error}): expected one object a line, or a list of objects, so "
+            "correct it or bring the file anew"
         ) from None
 
 
 def _object(value: Any, where: str) -> Row:
     if not isinstance(value, dict):
-        raise BadInputError(f"{where} is {str(value)[:40]!r}, expected an object with columns")
+        raise BadInputError(
+            f"{where} is {str(value)[:40]!r}, expected an object with columns: write one a line"
+        )
     return value
 
 
 def _read_csv(path: UPath, text: str) -> Located:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
+    csv.field_size_limit(_LARGEST_CELL)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
+        _check_header(path, reader.fieldnames or ())
         for row in reader:
             where = f"{path} line {reader.line_num}"
             if None in row:
@@ -127,14 +151,27 @@ def _read_csv(path: UPath, text: str) -> Located:
                 )
             yield where, row
     except csv.Error as error:
-        raise BadInputError(f"{path} line {reader.line_num} is not CSV: {error}") from None
+        raise BadInputError(
+            f"{path} line {reader.line_num} is not CSV ({error}): close the quotes that a cell "
+            "opens, and double those within"
+        ) from None
+
+
+def _check_header(path: UPath, names: Sequence[str]) -> None:
+    plain = [name.strip() for name in names]
+    if twice := [name for name in plain if plain.count(name) > 1]:
+        raise BadInputError(
+            f"{path} line 1 names the column {twice[0]!r} twice: rename or remove one of them"
+        )
 
 
 def _read_parquet(path: UPath) -> Located:
     try:
         table = read_table(path)
-    except pa.ArrowInvalid as error:
-        raise BadInputError(f"{path} is not a Parquet file: {error}") from None
+    except (pa.ArrowException, OSError) as error:
+        raise BadInputError(
+            f"{path} is not a Parquet file, or not a whole one: bring it anew ({error})"
+        ) from None
     for number, row in enumerate(table.to_pylist(), start=1):
         yield f"{path} row {number}", row
 

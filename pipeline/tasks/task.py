@@ -2,21 +2,22 @@
 
 import ast
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from cluster import sections
-from cluster.errors import BadInputError
 from cluster.storage import digest_text
 from pipeline.answers import canonical_answer
 from pipeline.rows import Kind, Prompt
+from pipeline.tasks.faults import BadRowError, check_texts
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 Row = Mapping[str, Any]
 
 _ID_COLUMNS = ("id", "qid")
+_SHOWN = 80  # characters of a value in an error
 
 
 class Problem(NamedTuple):
@@ -26,7 +27,7 @@ class Problem(NamedTuple):
     gold: str | None = None  # only an open problem may do without
     choices: dict[str, str] | None = None
     tests: str | None = None
-    problem_id: str | None = None  # in place of the row's own id
+    any_id: bool = False  # the row's own id names something else than the problem
 
 
 @dataclass(frozen=True)
@@ -50,19 +51,26 @@ class Task:
         """The columns of a row, in words."""
         return ", ".join(filter(None, (*self.columns, " or ".join(self.one_of))))
 
+    def missing(self, columns: Collection[str]) -> str:
+        """The columns that are needed and not among these, in words; "" where none is."""
+        missing = [column for column in self.columns if column not in columns]
+        if self.one_of and not any(column in columns for column in self.one_of):
+            missing.append(" or ".join(self.one_of))
+        return ", ".join(missing)
+
     def prompt(self, raw: Row) -> Prompt | None:
         """The Prompt of a raw row; None of one that the task skips.
 
-        Raises BadInputError where columns are missing, empty, or without a usable gold answer.
+        Raises BadRowError where a column is missing, empty, or without a usable text or gold
+        answer.
         """
         row = {str(name).strip(): value for name, value in raw.items()}
         self._check_columns(row)
         problem = self.read(row)
         if problem is None:
             return None
-        if not problem.question:
-            raise BadInputError("the question is empty: leave the row out")
-        own_id = problem.problem_id or _given_id(row)
+        own_id = None if problem.any_id else _given_id(row)
+        check_texts(_texts(problem, own_id))
         return Prompt(
             prompt_id=own_id or digest_problem(problem.question, problem.choices),
             question=problem.question,
@@ -73,21 +81,21 @@ class Task:
         )
 
     def _check_columns(self, row: Row) -> None:
-        missing = [column for column in self.columns if row.get(column) is None]
-        if self.one_of and all(row.get(column) is None for column in self.one_of):
-            missing.append(" or ".join(self.one_of))
-        if missing:
-            raise BadInputError(
-                f"no {', '.join(missing)} (the row has {', '.join(row)}); {self.name} expects "
-                f"{self.expects}: rename the columns, or leave out rows without them"
+        given = {name for name, value in row.items() if value is not None}
+        if missing := self.missing(given):
+            raise BadRowError(
+                f"no {missing}",
+                f"no {missing} (the row has {', '.join(row)}); {self.name} expects {self.expects}: "
+                "rename the columns, or leave out rows without them",
             )
 
     def _gold(self, problem: Problem) -> str:
         gold = canonical_answer(problem.gold or "", self.kind, problem.choices)
         if gold is None:
-            raise BadInputError(
-                f"the gold answer is {problem.gold!r}, expected {self._expected(problem)}: "
-                "correct it, or leave out rows without a gold answer"
+            raise BadRowError(
+                "no usable gold answer",
+                f"the gold answer is {_short(problem.gold)}, expected {self._expected(problem)}: "
+                "correct it, or leave out rows without a gold answer",
             )
         return gold
 
@@ -95,6 +103,27 @@ class Task:
         if self.kind == "choice":
             return f"one of the labels {', '.join(problem.choices or ())}"
         return "a number" if self.kind == "number" else "yes or no"
+
+
+def _texts(problem: Problem, own_id: str | None) -> dict[str, str | None]:
+    options = {f"option {label}": text for label, text in (problem.choices or {}).items()}
+    texts = {"id": own_id, "question": problem.question, "gold answer": problem.gold}
+    return {**texts, "tests": problem.tests, **options}
+
+
+def _short(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+
+
+def text_of(row: Row, column: str) -> str:
+    """A column that holds a text, without space around it. Raises BadRowError where it does not."""
+    value = row[column]
+    if not isinstance(value, str):
+        raise BadRowError(
+            f"a {column} that is no text", f"{column} is {_short(value)}, expected a text"
+        )
+    return value.strip()
 
 
 def _given_id(row: Row) -> str | None:
@@ -113,23 +142,26 @@ def nested(row: Row, column: str) -> dict[str, Any]:
     if isinstance(value, str):
         value = parse_cell(value, column)
     if not isinstance(value, dict):
-        raise BadInputError(
-            f"{column} is {value!r}, expected an object, which a CSV writes as JSON in one cell"
+        raise BadRowError(
+            f"{column} that cannot be read",
+            f"{column} is {_short(value)}, expected an object, which a CSV writes as JSON in one "
+            "cell",
         )
     return value
 
 
 def parse_cell(text: str, column: str) -> Any:
-    """The value that a CSV's cell holds as JSON or Python. Raises BadInputError where it is not."""
+    """The value that a CSV's cell holds as JSON or Python. Raises BadRowError where it is not."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         pass  # Python's csv and pandas write a dict as Python would
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
-        raise BadInputError(
-            f"{column} is {text[:80]!r}, which is no JSON object: write the column as JSON"
+        raise BadRowError(
+            f"{column} that cannot be read",
+            f"{column} is {_short(text)}, which is no JSON object: write the column as JSON",
         ) from None
 
 
@@ -142,7 +174,8 @@ def labelled_texts(row: Row, column: str = "choices") -> dict[str, str]:
         options = {str(label).strip(): str(text).strip() for label, text in pairs}
         if len(options) == len(labels):
             return options
-    raise BadInputError(
-        f'{column} is {value!r}, expected {{"text": [...], "label": [...]}} of one length, with '
-        "two options or more and no label twice"
+    raise BadRowError(
+        f"{column} that cannot be read",
+        f'{column} is {_short(value)}, expected {{"text": [...], "label": [...]}} of one length, '
+        "with two options or more and no label twice",
     )
