@@ -30,7 +30,7 @@ cross-family: .venv/cpu.installed .venv/gemma.installed
 	@.venv/bin/potstill run configs/cross_family.yaml
 
 miniature: .venv/cpu.installed
-	@for model in teacher llama qwen2 pruned; do \
+	@for model in teacher llama qwen3 pruned; do \
 	    .venv/bin/potstill models prepare miniature-$$model || exit $$?; \
 	done
 	@.venv/bin/potstill table configs/tables/miniature.yaml

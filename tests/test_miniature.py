@@ -87,7 +87,7 @@ def small(monkeypatch):
     course = Course(steps=12, batch=4, learning_rate=5e-3)
     recipes = {
         "miniature-teacher": Recipe("llama", hidden=64, mlp=128, course=course, seed=0, layers=1),
-        "miniature-qwen2": Recipe("qwen2", hidden=64, mlp=128, course=course, seed=2, layers=1),
+        "miniature-qwen3": Recipe("qwen3", hidden=64, mlp=128, course=course, seed=2, layers=1),
         "miniature-pruned": Cut("miniature-teacher", ratio=0.2),
     }
     monkeypatch.setattr(miniature, "MINIATURES", recipes)
@@ -105,6 +105,8 @@ def test_a_miniature_is_an_ordinary_model_that_is_made_once(small, tmp_path, mon
         chat = load_chat(folder)
         question, answer = next(lessons(seed=5))
         assert chat.tokenizer.decode(chat.response_ids(answer, finished=False)) == answer
+        pieces = chat.tokenizer.tokenize("Tom has 19 pens.")
+        assert any("19" in piece for piece in pieces), "not the tokenizer that it learned with"
         model = AutoModelForCausalLM.from_pretrained(folder)
         assert model.generation_config.eos_token_id == chat.end_of_turn_id
         assert model(torch.tensor([chat.prompt_ids(question)])).logits.isfinite().all()

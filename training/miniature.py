@@ -1,6 +1,6 @@
 """The recipes of the miniature models: a teacher and its students, made from nothing in minutes.
 
-The teacher and one student are Llamas of one tokenizer; another student is a Qwen2 that cuts texts
+The teacher and one student are Llamas of one tokenizer; another student is a Qwen3 that cuts texts
 otherwise. Both learn from solutions that often forget to carry or to borrow, so that they know the
 form of an answer and get many wrong. The third student is what pruning leaves of the teacher.
 """
@@ -35,27 +35,28 @@ _INITIAL_SPREAD = 0.08  # of weights: with 0.02, as big models have, these learn
 
 _MARKS = {
     "llama": ["<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"],
-    "qwen2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+    "qwen3": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
 }
 _TEMPLATES = {
     "llama": "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
-    "qwen2": "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "qwen3": "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
 }
-# Which runs of characters may become one token: in both all digits of a number.
+# Which runs of characters may become one token: in both all digits of a number. (Not a Qwen2, in
+# whose place transformers loads its own rules, which cut numbers into digits.)
 _PIECES = {
     "llama": r"\d+| ?\\\w+\{| ?[A-Za-z]+(?: (?=\d))?| ?[^\w\s]+ ?|\s+",
-    "qwen2": r" ?\d+| ?[A-Za-z]+| ?[^\w\s]+|\s+",
+    "qwen3": r" ?\d+| ?[A-Za-z]+| ?[^\w\s]+|\s+",
 }
-_VOCABULARY = {"llama": 640, "qwen2": 720}  # at most
+_VOCABULARY = {"llama": 640, "qwen3": 720}  # at most
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What a model that learns from nothing is made of."""
 
-    family: str  # llama or qwen2
+    family: str  # llama or qwen3
     hidden: int
     mlp: int
     course: Course
@@ -78,8 +79,8 @@ MINIATURES: dict[str, Recipe | Cut] = {
     "miniature-llama": Recipe(
         "llama", hidden=96, mlp=256, course=Course(1400, 8, 2e-3), seed=1, forgets=0.6
     ),
-    "miniature-qwen2": Recipe(
-        "qwen2", hidden=96, mlp=256, course=Course(1400, 8, 2e-3), seed=2, forgets=0.6
+    "miniature-qwen3": Recipe(
+        "qwen3", hidden=96, mlp=256, course=Course(1400, 8, 2e-3), seed=2, forgets=0.6
     ),
     "miniature-pruned": Cut(_TEACHER, ratio=0.3),
 }
@@ -154,11 +155,11 @@ def _all_numbers() -> list[str]:
 
 
 def _new_model(recipe: Recipe, chat: Chat) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     make_config, make = {
         "llama": (LlamaConfig, LlamaForCausalLM),
-        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     }[recipe.family]
     heads = recipe.hidden // recipe.head
     return make(
@@ -169,6 +170,7 @@ def _new_model(recipe: Recipe, chat: Chat) -> Any:
             num_hidden_layers=recipe.layers,
             num_attention_heads=heads,
             num_key_value_heads=heads,
+            head_dim=recipe.head,
             max_position_embeddings=512,
             tie_word_embeddings=True,
             bos_token_id=None,
