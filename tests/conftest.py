@@ -94,7 +94,9 @@ class ChatServer:
     def _start(self) -> None:
         import uvicorn
 
-        quiet = uvicorn.Config(self._app(), host="127.0.0.1", port=0, log_level="error")
+        # Setting up logs anew would close the streams of handlers that are there, pytest's too.
+        options = {"port": 0, "log_level": "error", "log_config": None}
+        quiet = uvicorn.Config(self._app(), host="127.0.0.1", **options)
         self._server = uvicorn.Server(quiet)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
