@@ -26,6 +26,8 @@ class Head:
 
     url: str
     environment: dict[str, str]
+    options: list[str]
+    """Which make the recipe one of tiny models."""
 
     def potstill(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -39,13 +41,14 @@ class Head:
         )
 
     def submit(self, run: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-        places = [f"run.folder={run}/run", f"run.store={run}/store"]
         recipe = "configs/quickstart_small.yaml"
-        return self.potstill("submit", recipe, *places, *arguments, "--address", self.url)
+        places = [f"run.folder={run}/run", f"run.store={run}/store"]
+        address = ["--address", self.url]
+        return self.potstill("submit", recipe, *places, *self.options, *arguments, *address)
 
 
 @pytest.fixture(scope="module")
-def head(free_port, tmp_path_factory):
+def head(guesser, free_port, tmp_path_factory):
     """`ray start --head` with ports and a token of its own; ended by its process ids alone.
 
     `ray stop` would end every Ray of the machine.
@@ -82,12 +85,18 @@ def head(free_port, tmp_path_factory):
                 stdout=stream,
                 stderr=subprocess.STDOUT,
             )
-        found = Head(f"http://127.0.0.1:{port}", environment)
+        found = Head(f"http://127.0.0.1:{port}", environment, tiny(guesser, free_port()))
         try:
             wait_for(lambda: answers(found.url), process, log)
             yield found
         finally:
             end(process)
+
+
+def tiny(model: Path, port: int) -> list[str]:
+    models = [f"student.model={model}", f"teacher.model={model}", "teacher.few_shot=[]"]
+    serving = [f"serving.port={port}", "serving.max_model_len=512"]
+    return [*models, *serving, "engines.max_model_len=512"]
 
 
 def answers(url: str) -> bool:
@@ -135,10 +144,8 @@ def test_a_run_that_the_cluster_refuses_comes_back_with_its_words_and_code(head,
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_is_watched_and_stopped_and_may_go_on(head, guesser, tmp_path):
-    models = [f"student.model={guesser}", f"teacher.model={guesser}", "teacher.few_shot=[]"]
-    lengths = ["engines.max_model_len=512", "serving.max_model_len=512"]
-    sent = head.submit(tmp_path, *models, *lengths)
+def test_a_run_is_watched_and_stopped_and_may_go_on(head, tmp_path):
+    sent = head.submit(tmp_path)
     assert sent.returncode == 0, sent.stdout
     job = job_of(sent.stdout)
     deadline = time.monotonic() + JOB_LIMIT_S
