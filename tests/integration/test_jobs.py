@@ -26,6 +26,8 @@ class Head:
 
     url: str
     environment: dict[str, str]
+    options: list[str]
+    """Which make the recipe one of tiny models."""
 
     def potstill(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -39,13 +41,21 @@ class Head:
         )
 
     def submit(self, run: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-        places = [f"run.folder={run}/run", f"run.store={run}/store"]
         recipe = "configs/quickstart_small.yaml"
-        return self.potstill("submit", recipe, *places, *arguments, "--address", self.url)
+        places = [f"run.folder={run}/run", f"run.store={run}/store"]
+        address = ["--address", self.url]
+        return self.potstill("submit", recipe, *places, *self.options, *arguments, *address)
+
+    def log_once_it_has(self, job: str, words: str) -> str:
+        deadline = time.monotonic() + JOB_LIMIT_S
+        while words not in (log := self.potstill("logs", job, "--address", self.url).stdout):
+            assert time.monotonic() < deadline, log
+            time.sleep(1)
+        return log
 
 
 @pytest.fixture(scope="module")
-def head(free_port, tmp_path_factory):
+def head(tiny_llama, free_port, tmp_path_factory):
     """`ray start --head` with ports and a token of its own; ended by its process ids alone.
 
     `ray stop` would end every Ray of the machine.
@@ -82,12 +92,18 @@ def head(free_port, tmp_path_factory):
                 stdout=stream,
                 stderr=subprocess.STDOUT,
             )
-        found = Head(f"http://127.0.0.1:{port}", environment)
+        found = Head(f"http://127.0.0.1:{port}", environment, tiny(tiny_llama, free_port()))
         try:
             wait_for(lambda: answers(found.url), process, log)
             yield found
         finally:
             end(process)
+
+
+def tiny(model: Path, port: int) -> list[str]:
+    models = [f"student.model={model}", f"teacher.model={model}", "teacher.few_shot=[]"]
+    serving = [f"serving.port={port}", "serving.max_model_len=512"]
+    return [*models, *serving, "engines.max_model_len=512"]
 
 
 def answers(url: str) -> bool:
@@ -135,16 +151,11 @@ def test_a_run_that_the_cluster_refuses_comes_back_with_its_words_and_code(head,
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_is_watched_and_stopped_and_may_go_on(head, guesser, tmp_path):
-    models = [f"student.model={guesser}", f"teacher.model={guesser}", "teacher.few_shot=[]"]
-    lengths = ["engines.max_model_len=512", "serving.max_model_len=512"]
-    sent = head.submit(tmp_path, *models, *lengths)
+def test_a_run_is_watched_and_stopped_and_may_go_on(head, tmp_path):
+    sent = head.submit(tmp_path)
     assert sent.returncode == 0, sent.stdout
     job = job_of(sent.stdout)
-    deadline = time.monotonic() + JOB_LIMIT_S
-    while "joining Ray at" not in (log := head.potstill("logs", job, "--address", head.url).stdout):
-        assert time.monotonic() < deadline, log
-        time.sleep(1)
+    log = head.log_once_it_has(job, "joining Ray at")
     running = head.potstill("status", job, RAY_ADDRESS=head.url)
     assert "state: RUNNING\n" in running.stdout, running.stdout + log
     assert f"run: {tmp_path}/run, store: {tmp_path}/store\n" in running.stdout
@@ -155,6 +166,45 @@ def test_a_run_is_watched_and_stopped_and_may_go_on(head, guesser, tmp_path):
     assert followed.returncode == 75, followed.stdout
     assert "interrupted: the same command goes on from here\n" in followed.stdout
     assert (tmp_path / "run" / "config.yaml").exists()
+
+
+# Longer than the 3 seconds that Ray gives by itself.
+SLOW = """
+import signal, time
+
+def put_down(*_):
+    time.sleep(6)
+    print("put down")
+    raise SystemExit
+
+signal.signal(signal.SIGTERM, put_down)
+print("up")
+time.sleep(300)
+"""
+SEND = """
+import sys
+from pathlib import Path
+from cluster.jobs.server import connect
+from cluster.jobs.submit import Job, send_job
+
+print(send_job(connect(sys.argv[1]), Job("python slow.py", Path(sys.argv[2]), [], 0, {})))
+"""
+
+
+def test_a_job_that_is_stopped_has_time_to_put_itself_down(head, tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW)
+    sent = subprocess.run(
+        [sys.executable, "-c", SEND, head.url, str(tmp_path)],
+        cwd=PROJECT,
+        env=head.environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    job = sent.stdout.strip()
+    head.log_once_it_has(job, "up\n")
+    assert head.potstill("stop", job, "--address", head.url).returncode == 0
+    assert "put down\n" in head.potstill("logs", job, "--address", head.url).stdout
 
 
 @pytest.mark.parametrize("token", ["", "0" * 32])
