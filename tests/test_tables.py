@@ -310,6 +310,12 @@ def test_a_table_tells_its_cost_without_weights_or_data(spec):
     assert steps[1] == f"{2 * 2 * per_arm:,}"
 
 
+def test_on_a_cpu_the_starts_of_stages_count_most_of_a_miniatures_time():
+    (miniature,) = [path for path in TABLES if path.stem == "miniature"]
+    *_, hours = describe_table(*load_table(miniature)).columns
+    assert float(list(hours.cells)[-1].split()[0]) > 1, "some 70 stages of more than a minute"
+
+
 def test_a_table_of_unknown_size_is_refused(spec):
     raw = yaml.safe_load(spec.read_text())
     with pytest.raises(BadInputError, match="the size of org/teacher is not known"):

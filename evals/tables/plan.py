@@ -23,6 +23,8 @@ _SHORT, _LONG = 0.25, 1.0
 _ASSUMED_RIGHT = 0.5  # share of a teacher's traces
 _PROMPT_TOKENS = 200
 _HOUR = 3600.0
+# Core seconds in which a stage's workers and engines start: most of a tiny model's stage.
+_CPU_START = 75.0
 # Operations a second in decoding and in training.
 _GPU = memory.GPU_DECODING, memory.GPU_TRAINING
 _CORE = memory.CPU_CORE_DECODING, memory.CPU_CORE_TRAINING
@@ -30,18 +32,24 @@ _CORE = memory.CPU_CORE_DECODING, memory.CPU_CORE_TRAINING
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations."""
+    """Floating-point operations, and stages that start."""
 
     decoding: float = 0.0
     training: float = 0.0
+    starts: int = 0
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(self.decoding + other.decoding, self.training + other.training)
+        return Work(
+            self.decoding + other.decoding,
+            self.training + other.training,
+            self.starts + other.starts,
+        )
 
     def hours(self, on_cpu: bool) -> float:
         """On one GPU, or on one core."""
         decoding, training = _CORE if on_cpu else _GPU
-        return (self.decoding / decoding + self.training / training) / _HOUR
+        starting = self.starts * _CPU_START if on_cpu else 0.0
+        return (self.decoding / decoding + self.training / training + starting) / _HOUR
 
 
 def describe_table(spec: TableSpec, cells: Sequence[Cell]) -> Table:
@@ -89,7 +97,7 @@ def _students(cells: Iterable[Cell], share: float) -> Work:
             total += _sampled(config, config.student, share)
         for _ in range(_refreshes(config)):
             total += _sampled(config, config.student, share)
-        total += _trained(config, share) + _evaluated(config, share)
+        total += _trained(config, share) + _evaluated(config, share) + Work(starts=1)
     return total
 
 
