@@ -102,6 +102,8 @@ class Worker:
         if done and not into_epoch:
             self._publish(done)  # of a try that was ended after it saved its state
         for epoch in range(done + 1, self.training.epochs + 1):
+            if self._from_first(self._asked_to_stop):
+                return
             self._await_pairs(epoch)
             if not self._train_epoch(epoch):
                 return
@@ -181,14 +183,17 @@ class Worker:
 
     def _wishes(self) -> Wishes | None:
         """Worker 0's, for after the step that comes."""
-        import ray
-
         if not self.first:
             return None
-        board = self.assignment.board
-        stop = board is not None and ray.get(board.asked_to_stop.remote())
+        stop = self._asked_to_stop()
         due = time.monotonic() - self.saved_at >= 60 * self.training.save_minutes
         return Wishes(save=stop or due, stop=stop)
+
+    def _asked_to_stop(self) -> bool:
+        import ray
+
+        board = self.assignment.board
+        return board is not None and ray.get(board.asked_to_stop.remote())
 
     def _save(self) -> None:
         """Publish the trainer's state; only then those before it go."""
