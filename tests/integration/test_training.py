@@ -24,6 +24,7 @@ from cluster.errors import RunError
 from cluster.progress import watched_board
 from cluster.run_folder import RunFolder
 from cluster.session import NO_DASHBOARD
+from cluster.soundness import set_aside_damaged
 from pipeline.anchors import asked_of
 from pipeline.chat import load_chat
 from pipeline.logprobs import ResponseLogProbs
@@ -230,6 +231,18 @@ def test_training_goes_on_from_the_last_checkpoint_as_if_never_stopped(
     _assert_same_weights(_weights(run, 2), _weights(reference, 2), atol=1e-6)
     train(run, config, resampler=None)  # all is there: nothing starts
     assert len(_metrics(run)) == 6
+
+
+def test_a_damaged_student_is_made_again_as_it_was(reference, tiny_llama, tmp_path):
+    run = _copy(reference, tmp_path)
+    weights = run.checkpoint(1) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    later = (run.checkpoint(2) / storage.MARKER).stat().st_mtime_ns
+    set_aside_damaged(run)
+    assert run.epochs_published() == 0
+    train(run, _config(tmp_path, tiny_llama), WritesPairs.remote(run))
+    _assert_same_weights(_weights(run, 1), _weights(reference, 1), atol=1e-6)
+    assert (run.checkpoint(2) / storage.MARKER).stat().st_mtime_ns == later, "a whole one is kept"
 
 
 SHARDED = {"workers": 2, "micro_batch": 2, "zero_stage": 3}
