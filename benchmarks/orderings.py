@@ -4,6 +4,8 @@
 
 For each "A over B": the share of test problems that A's student gets right less that of B's, over
 all seeds, with a 95 % interval by the bootstrap over problems, students one by one and together.
+That interval is of these students; how much another training would differ is seen from the runs
+(a student with a seed) in which A is ahead.
 """
 
 import argparse
@@ -42,19 +44,19 @@ def right(cell: Cell) -> dict[str, bool]:
     return {row["prompt_id"]: row["verdict"] == "right" for row in table.to_pylist()}
 
 
-def differences(cells: list[Cell], better: str, worse: str, student: str) -> Iterator[float]:
-    """What the better arm has over the worse one on each problem of each seed: 1, 0 or -1."""
+def differences(cells: list[Cell], better: str, worse: str, student: str) -> Iterator[list[float]]:
+    """What the better arm has over the worse one on each problem, seed by seed: 1, 0 or -1."""
     of_arm = {(cell.student, cell.arm, cell.seed): cell for cell in cells}
     other = AS_LONG.get(student, student) if worse == "dsft" else student
     for seed in sorted({cell.seed for cell in cells}):
         if (student, better, seed) in of_arm and (other, worse, seed) in of_arm:
             ours, theirs = right(of_arm[student, better, seed]), right(of_arm[other, worse, seed])
-            yield from (float(ours[key]) - float(theirs[key]) for key in sorted(ours))
+            yield [float(ours[key]) - float(theirs[key]) for key in sorted(ours)]
 
 
-def shown(values: list[float]) -> str:
+def shown(runs: list[list[float]]) -> str:
     """Mean and interval, in points."""
-    sample = 100 * np.array(values)
+    sample = 100 * np.concatenate(runs)
     interval = bootstrap((sample,), np.mean, method="percentile", rng=0).confidence_interval
     return f"{sample.mean():+.1f} ({interval.low:+.1f} to {interval.high:+.1f})"
 
@@ -65,13 +67,14 @@ def main() -> None:
     spec, cells = load_table(parser.parse_args().table)
     done = [cell for cell in cells if is_done(cell)]
     students = [block.student for block in spec.blocks if block.student not in AS_LONG.values()]
-    print("| A over B, points | " + " | ".join(students) + " | together |")
-    print("|" + "---|" * (len(students) + 2))
+    print("| A over B, points | " + " | ".join(students) + " | together | runs with A ahead |")
+    print("|" + "---|" * (len(students) + 3))
     for better, worse in ORDERINGS:
         each = [list(differences(done, better, worse, student)) for student in students]
-        together = [value for values in each for value in values]
+        together = [run for runs in each for run in runs]
         if together:
-            texts = [shown(values) if values else "–" for values in [*each, together]]
+            texts = [shown(runs) if runs else "–" for runs in [*each, together]]
+            texts.append(f"{sum(np.mean(run) > 0 for run in together)} of {len(together)}")
             names = " over ".join(name.replace("_", " ") for name in (better, worse))
             print(f"| {names} | " + " | ".join(texts) + " |")
 
