@@ -18,7 +18,10 @@ def holds_credentials(text: str) -> bool:
     """
     if not _URL.fullmatch(text):
         return False
-    parts = urlsplit(text)
+    try:
+        parts = urlsplit(text)
+    except ValueError:
+        return False  # no URL at all, which others refuse
     user, at, _ = parts.netloc.rpartition("@")
     in_user = bool(at) and (":" in user or parts.scheme in ("http", "https"))
     parameters = parse_qsl(parts.query, keep_blank_values=True)

@@ -1,6 +1,5 @@
 """One process at a time works in a run folder, and a lock never outlives the one that held it."""
 
-import _thread
 import json
 import os
 import platform
@@ -13,7 +12,7 @@ from contextlib import contextmanager
 from filelock import FileLock, Timeout
 from upath import UPath
 
-from cluster.errors import BadInputError
+from cluster.errors import EXIT_INTERRUPTED, BadInputError
 from cluster.progress import complain, say
 from cluster.storage import failures, is_local
 
@@ -111,8 +110,7 @@ class _Beating:
             try:
                 if not self._is_ours(self._read()):
                     complain(f"stopped: another process has taken the run in {self._place.parent}")
-                    _thread.interrupt_main()
-                    return
+                    os._exit(EXIT_INTERRUPTED)  # nothing more may be written here, not even orderly
                 self._beats += 1
                 self._write("overwrite")
             except failures():

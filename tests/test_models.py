@@ -174,7 +174,7 @@ def test_a_preparation_that_fails_leaves_nothing_that_looks_ready(cache, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(packaged, "_dequantise", fail)
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(RunError, match="disk full"):
             prepare_model(SMOLLM2)
     assert [file.name for file in (cache / "models").iterdir() if file.is_dir()] == []
     assert (prepare_model(SMOLLM2) / "config.json").read_text() == '{"version": "0.1.2"}'

@@ -1,6 +1,5 @@
 """The training stage: one Ray Train run over all epochs that are left."""
 
-import _thread
 import os
 import re
 import signal
@@ -113,7 +112,7 @@ def _stoppable(board: Any) -> Iterator[None]:
     def ask() -> None:
         # In the midst of pairs or of the start there is nothing that is not saved.
         if not ray.get(board.ask_to_stop.remote()):
-            _thread.interrupt_main()
+            os.kill(os.getpid(), signal.SIGTERM)  # the second one, which stop() does not wait for
 
     def stop(*_: Any) -> None:
         nonlocal asked
