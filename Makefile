@@ -1,6 +1,7 @@
 # Everything that a person types here. Each target sets up what it needs.
 .PHONY: help quickstart cross-family miniature test units integration check format lock audit clean
 INTEGRATION ?= $(shell ls -S tests/integration/test_*.py)
+JOBS ?= 2
 export PYTHON
 
 help:
@@ -41,9 +42,9 @@ units: .venv/cpu.installed .venv/gemma.installed .venv/dev.installed
 	@.venv/bin/pytest -m "not gpu and not integration"
 
 # A process for each file: Ray, vLLM and DeepSpeed leave state behind in the one that they ran in.
-# Two at once, as each mostly waits for processes that start; the longest first.
+# Two at once (JOBS), as each waits for processes that start; the longest first.
 integration: .venv/cpu.installed .venv/gemma.installed .venv/dev.installed
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync $(INTEGRATION:%=one/%)
+	@$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync $(INTEGRATION:%=one/%)
 
 one/%:
 	@.venv/bin/pytest -m "not gpu" --durations=5 $*

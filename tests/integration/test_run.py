@@ -239,8 +239,8 @@ SAID = {
     "teacher": [rf"teacher: \d+ of {TRACES} samples reused"],
     "student": ["traces of: teacher\n", rf"student_000: \d+ of {TRACES} samples reused"],
     "epoch 1": ["traces of: student_000, teacher\n", "drawn for epochs: 1\n", "trained: none yet"],
-    "resampling": ["going on after epoch 1 of 2", rf"student_001: \d+ of {TRACES} samples reused"],
-    "epoch 2": ["drawn for epochs: 1, 2\n", "going on after epoch 1 of 2"],
+    "resampling": ["going on after step 400", rf"student_001: \d+ of {TRACES} samples reused"],
+    "epoch 2": ["drawn for epochs: 1, 2\n", "going on after step 400"],
     "evaluation": ["epochs trained: 1, 2 of 2", "nothing to train", "1 of 6 results reused"],
 }
 
