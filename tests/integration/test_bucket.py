@@ -66,7 +66,7 @@ def storage(monkeypatch):
 
 @pytest.fixture
 def recipe(guesser, free_port, tmp_path):
-    """A run of one epoch on problems whose answers are 3 or 8."""
+    """A run of two epochs on problems whose answers are 3 or 8."""
     first = 0
     for split, count in PROMPTS.items():
         rows = [
