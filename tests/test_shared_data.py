@@ -17,10 +17,11 @@ DATA = Path(
 )
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data sets at {DATA}")
 
-# Prompts of train and validation together where both are files, and how many repeat another part's.
+# Prompts of train and validation together where both are files, and how many of them are left out:
+# seven repeat another part's problem, one has a control character for a dash.
 SIZES = {
     "gsm8k": (7473, 0),
-    "arc_challenge": (1119 + 299, 0),
+    "arc_challenge": (1119 + 299, 1),
     "openbookqa": (4957 + 500, 7),
     "strategyqa": (2061, 0),
     "medqa": (2696 + 1272, 0),
@@ -33,9 +34,9 @@ def load(name: str, split="all") -> list[Prompt]:
 
 @pytest.mark.parametrize("name", SIZES)
 def test_every_row_is_read_into_parts_that_share_no_problem(name):
-    rows, repeats = SIZES[name]
+    rows, left_out = SIZES[name]
     parts = [load(name, split) for split in ("train", "validation", "test")]
-    assert sum(map(len, parts)) == len(load(name)) == rows - repeats
+    assert sum(map(len, parts)) == len(load(name)) == rows - left_out
     keys = [{problem_key(prompt) for prompt in part} for part in parts]
     assert all(keys)
     assert len(set.union(*keys)) == sum(map(len, keys))
