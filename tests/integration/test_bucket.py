@@ -1,7 +1,6 @@
 """A whole run whose folder and store lie in a bucket, on storage that fails every now and then."""
 
 import itertools
-import json
 import os
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from werkzeug.serving import make_server
 from cluster.run_folder import RunFolder
 from cluster.storage import is_published, location
 from pipeline.store import SampleStore
+from tests.integration.runs import write_problems
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
@@ -67,14 +67,7 @@ def storage(monkeypatch):
 @pytest.fixture
 def recipe(guesser, free_port, tmp_path):
     """A run of two epochs on problems whose answers are 3 or 8."""
-    first = 0
-    for split, count in PROMPTS.items():
-        rows = [
-            {"question": f"Tom has {n} pens. How many pens?", "answer": f"#### {'38'[n % 2]}"}
-            for n in range(first, first + count)
-        ]
-        first += count
-        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    write_problems(tmp_path, PROMPTS)
     section = {"model": str(guesser), "dtype": "float32"}
     engines = {"max_model_len": 256, "kv_cache_gib": 0.2, "enforce_eager": True, "batch_rows": 8}
     config = {

@@ -23,6 +23,7 @@ def config(guesser, free_port, tmp_path):
         "student": {"model": str(guesser)},
         "training": {"epochs": 1},
         "serving": {"port": free_port(), "max_model_len": 512, "kv_cache_gib": 0.1},
+        "evaluation": {"max_new_tokens": 48},
     }
     return parse_config(raw, "test")
 

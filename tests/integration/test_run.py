@@ -1,184 +1,22 @@
 """`potstill run` from end to end with the real engines, and killed in every stage of its way."""
 
-import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
+
+from tests.integration.runs import TRACES, Try, go, write_recipe
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
 
-PROJECT = Path(__file__).parents[2]
-# An epoch and a sampling take seconds even here, since workers outlive their driver by one or two.
-PROMPTS = {"train": 40, "validation": 6, "test": 8}
-SAMPLES = 8
-TRACES = PROMPTS["train"] * SAMPLES
 EVALUATIONS = {"base_test", "teacher_test"} | {
     f"student-epoch-{epoch}_{split}" for epoch in (1, 2) for split in ("validation", "test")
 }
-SHOT = {
-    "question": "Tom has 5 pens. How many pens?",
-    "answer": "He starts with 5 pens and buys 3. The answer is \\boxed{8}.",
-}
-POLL_S, LOOKS_A_FAMILY, TIME_LIMIT_S, ORPHAN_LIMIT_S = 0.05, 20, 800, 20
-# Ray's own, which hold nothing; they look for a cluster that is gone for up to a minute.
-RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 NOISE = r"WARN|INFO|ERROR|Traceback|Warning|pid=|it/s|\x1b|\r"
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A configuration file, and what its run leaves on the disk."""
-
-    file: Path
-
-    @property
-    def home(self) -> Path:
-        return self.file.parent
-
-    @property
-    def run(self) -> Path:
-        return self.home / "run"
-
-    def keys(self) -> list[str]:
-        """Keys of the samples that are stored, as often as they are there."""
-        files = [str(file).removesuffix(".ok") for file in (self.home / "store").rglob("*.ok")]
-        return [key for file in files for key in pq.read_table(file)["key"].to_pylist()]
-
-    def steps(self, epoch: int) -> list[int]:
-        """Numbers of an epoch's training steps, in the order in which they were taken."""
-        file = self.run / "metrics.jsonl"
-        lines = map(json.loads, file.read_text().splitlines() if file.exists() else [])
-        return [x["step"] for x in lines if x["stage"] == "train" and x["epoch"] == epoch]
-
-    def evaluated(self) -> set[str]:
-        return {file.stem for file in self.run.glob("evals/*.json")}
-
-    def files(self) -> dict[str, int]:
-        """What is on the disk, and when it was written."""
-        return {str(path): path.stat().st_mtime_ns for path in self.home.rglob("*")}
-
-
-@dataclass(frozen=True)
-class Try:
-    """How one try of a command ended."""
-
-    code: int
-    screen: str
-    seconds: float
-
-
-def go(
-    recipe: Recipe,
-    overrides: Iterable[str] = (),
-    until: Callable[[str], object] | None = None,
-    how: signal.Signals = signal.SIGKILL,
-) -> Try:
-    """Run until the command ends, or signal its process once `until`, given the screen, holds.
-
-    Fails where any process that it started outlives it.
-    """
-    screen = recipe.home.with_suffix(".screen")
-    started, family = time.monotonic(), set[psutil.Process]()
-    with screen.open("w") as stream:
-        driver = subprocess.Popen(
-            [sys.executable, "potstill.py", "run", str(recipe.file), *overrides],
-            cwd=PROJECT,
-            env={**os.environ, "POTSTILL_CACHE": str(recipe.home / "cache")},
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            # The background job of a shell ignores Ctrl-C, and all that it starts would too.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-    looks = 0
-    try:
-        while driver.poll() is None and not (until and until(screen.read_text())):
-            assert time.monotonic() - started < TIME_LIMIT_S, screen.read_text()
-            if looks % LOOKS_A_FAMILY == 0:  # seldom: it reads all of /proc
-                family |= children_of(driver.pid)
-            looks += 1
-            time.sleep(POLL_S)
-        family |= children_of(driver.pid)
-        driver.send_signal(how)
-        driver.wait(60)
-    finally:
-        driver.kill()
-    ended = time.monotonic()
-    orphans = {process for process in family if not command_of(process).startswith(RAY_AGENTS)}
-    _, left = psutil.wait_procs(orphans, timeout=ORPHAN_LIMIT_S)
-    print(f"{len(family)} processes, gone after {time.monotonic() - ended:.1f} s")
-    assert [command_of(process) for process in left] == []
-    return Try(driver.wait(), screen.read_text(), ended - started)
-
-
-def command_of(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.NoSuchProcess:
-        return "gone"
-
-
-def children_of(pid: int) -> set[psutil.Process]:
-    try:
-        return set(psutil.Process(pid).children(recursive=True))
-    except psutil.NoSuchProcess:
-        return set()
-
-
-def write_data(folder: Path) -> Path:
-    """Problems in the manner of GSM8K: the answers to half of them are 3, to the others 8."""
-    folder.mkdir()
-    first = 0
-    for split, count in PROMPTS.items():
-        rows = [
-            {"question": f"Tom has {n} pens. How many pens?", "answer": f"#### {'38'[n % 2]}"}
-            for n in range(first, first + count)
-        ]
-        first += count
-        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return folder
-
-
-def write_recipe(home: Path, model: Path, port: int) -> Recipe:
-    section = {"model": str(model), "dtype": "float32"}
-    context = {"max_model_len": 256, "kv_cache_gib": 0.2}
-    recipe = Recipe(home / "recipe.yaml")
-    config = {
-        "run": {"folder": str(recipe.run), "store": str(home / "store")},
-        "task": {"name": "gsm8k", "data": str(write_data(home / "data"))},
-        "teacher": section | {"few_shot": [SHOT]},
-        "student": section | {"model": os.path.relpath(model, PROJECT)},
-        "sampling": {"samples": SAMPLES, "max_new_tokens": 40, "max_rouge_l": 0.99},
-        "training": {
-            "epochs": 2,
-            # Longer than the seconds that workers outlive a killed driver.
-            "steps_per_epoch": 400,
-            "learning_rate": 1e-4,
-            "global_batch": 1,
-            "micro_batch": 1,
-            "max_length": 256,
-            "precision": "fp32",
-            "threads_per_worker": 1,
-        },
-        # Many small batches, so that there is time to kill the run between two of them.
-        "engines": context | {"enforce_eager": True, "batch_rows": 8, "batches_in_flight": 1},
-        "serving": context | {"port": port},
-    }
-    recipe.file.write_text(yaml.safe_dump(config))
-    return recipe
 
 
 @pytest.fixture(scope="module")
@@ -205,17 +43,26 @@ STAGES = {
 }
 
 
-@pytest.fixture(scope="module")
-def disturbed(guesser, free_port, tmp_path_factory):
-    """A run that was killed in each stage, and what it said in the try after each kill."""
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(["epoch 2"], id="once"),
+        pytest.param([*STAGES], id="in each stage", marks=pytest.mark.long),
+    ],
+)
+def disturbed(request, guesser, free_port, tmp_path_factory):
+    """A run that was killed in one or all stages, and what it said in the try after each kill."""
     recipe = write_recipe(tmp_path_factory.mktemp("disturbed"), guesser, free_port())
     screens, killed = {}, None
-    for stage, (under_way, result) in STAGES.items():
+    for stage in request.param:
+        under_way, result = STAGES[stage]
         ended = go(recipe, until=lambda _, under_way=under_way: under_way(recipe))
         print(f"--- killed in {stage} after {ended.seconds:.0f} s\n{ended.screen}")
         assert ended.code == -signal.SIGKILL, ended.screen
         assert not (recipe.run / result).exists(), f"not killed in {stage}, but after it"
-        screens[killed], killed = ended.screen, stage
+        if killed:
+            screens[killed] = ended.screen
+        killed = stage
     ended = go(recipe)
     print(f"--- {ended.seconds:.0f} s\n{ended.screen}")
     assert ended.code == 0, ended.screen
@@ -245,27 +92,33 @@ SAID = {
 }
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_run_that_goes_on_says_what_it_reuses(stage, disturbed):
+@pytest.mark.fault
+def test_a_run_that_goes_on_says_what_it_reuses(disturbed):
     _, screens = disturbed
-    assert [said for said in SAID[stage] if not re.search(said, screens[stage])] == []
-    assert not re.search(NOISE, screens[stage])
+    for stage, screen in screens.items():
+        assert [said for said in SAID[stage] if not re.search(said, screen)] == [], screen
+        assert not re.search(NOISE, screen)
 
 
+@pytest.mark.fault
 def test_nothing_is_sampled_twice(disturbed, whole):
     keys = disturbed[0].keys()
     assert len(keys) == len(set(keys)) == 3 * TRACES
     assert set(keys) == set(whole[0].keys())
 
 
+@pytest.mark.fault
 def test_no_finished_epoch_is_trained_again(disturbed, whole):
+    recipe, screens = disturbed
     for epoch in (1, 2):
-        once, steps = whole[0].steps(epoch), disturbed[0].steps(epoch)
+        once, steps = whole[0].steps(epoch), recipe.steps(epoch)
         killed_after = len(steps) - len(once)
-        assert 0 < killed_after < len(once)
+        assert killed_after < len(once)
+        assert (killed_after > 0) == (f"epoch {epoch}" in screens)
         assert steps == once[:killed_after] + once
 
 
+@pytest.mark.fault
 def test_the_end_is_that_of_a_run_which_nothing_disturbed(disturbed, whole):
     ours, theirs = disturbed[0].run, whole[0].run
     for name in ("pairs/epoch_001/pairs.parquet", "pairs/epoch_002/pairs.parquet"):
@@ -294,6 +147,7 @@ def test_a_finished_run_is_left_as_it_is(disturbed):
     assert (steps.read_text(), recipe.keys(), recipe.evaluated()) == (before, keys, results)
 
 
+@pytest.mark.fault
 def test_another_recipe_is_refused(whole):
     recipe, _ = whole
     before = recipe.files()
@@ -304,6 +158,7 @@ def test_another_recipe_is_refused(whole):
     assert recipe.files() == before
 
 
+@pytest.mark.fault
 def test_an_interruption_says_that_the_run_can_go_on(whole, guesser, free_port, tmp_path):
     recipe = write_recipe(tmp_path, guesser, free_port())
     ended = go(recipe, until=lambda screen: "sampling engine" in screen, how=signal.SIGINT)
