@@ -1,6 +1,7 @@
 # Everything that a person types here. Each target sets up what it needs.
-.PHONY: help quickstart cross-family miniature test units integration check format lock audit clean
+.PHONY: help quickstart cross-family miniature test units integration faults check format lock audit clean
 INTEGRATION ?= $(shell ls -S tests/integration/test_*.py)
+FAULTS = $(shell grep -lE "mark.(fault|long)" $$(ls -S tests/integration/test_*.py))
 JOBS ?= 2
 export PYTHON
 
@@ -9,6 +10,7 @@ help:
 	@echo "make cross-family  the same into a model of another family (Gemma licence)"
 	@echo "make miniature     every arm of both papers on tiny models, three seeds (an hour and a half)"
 	@echo "make test          every test that needs no GPU: units, then integration"
+	@echo "make faults        break things, one after the other, and look what is lost (an hour)"
 	@echo "make check         ruff and mypy"
 	@echo "make format        let ruff rewrite the code"
 	@echo "make lock          resolve pyproject.toml into requirements/ (UPGRADE=--upgrade: newest)"
@@ -39,7 +41,7 @@ miniature: .venv/cpu.installed
 test: units integration
 
 units: .venv/cpu.installed .venv/gemma.installed .venv/dev.installed
-	@.venv/bin/pytest -m "not gpu and not integration"
+	@.venv/bin/pytest -m "not gpu and not integration and not long"
 
 # A process for each file: Ray, vLLM and DeepSpeed leave state behind in the one that they ran in.
 # Two at once (JOBS), as each waits for processes that start; the longest first.
@@ -47,7 +49,15 @@ integration: .venv/cpu.installed .venv/gemma.installed .venv/dev.installed
 	@$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync $(INTEGRATION:%=one/%)
 
 one/%:
-	@.venv/bin/pytest -m "not gpu" --durations=5 $*
+	@.venv/bin/pytest -m "not gpu and not long" --durations=5 $*
+
+# Every row of docs/faults.md, the long ones too.
+faults: .venv/cpu.installed .venv/gemma.installed .venv/dev.installed
+	@.venv/bin/pytest -m "fault and not integration"
+	@$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync $(FAULTS:%=fault/%)
+
+fault/%:
+	@.venv/bin/pytest -m fault --durations=5 $*
 
 check: .venv/cpu.installed .venv/dev.installed
 	.venv/bin/ruff check .

@@ -174,6 +174,7 @@ def _training_rules(config: RunConfig) -> list[Rule]:
 def _pair_rules(config: RunConfig) -> list[Rule]:
     pairs, epochs, task = config.pairs, config.training.epochs, config.task
     phis = pairs.phi_schedule or (pairs.phi,) * epochs
+    stale = _not_fresh(config)
     return [
         (
             len(phis) != epochs,
@@ -186,12 +187,27 @@ def _pair_rules(config: RunConfig) -> list[Rule]:
             "pairs.phi to 0",
         ),
         (
+            pairs.base == "fresh" and stale is not None,
+            f"pairs.base=fresh with {stale}: set pairs.base to once, or change that",
+        ),
+        (
             task.largest_operand is not None
             and (task.name != "word_problems" or task.data is not None),
             "task.largest_operand is for the problems that word_problems makes itself, got "
             f"task.name={task.name!r} and task.data={task.data!r}: remove it",
         ),
     ]
+
+
+def _not_fresh(config: RunConfig) -> str | None:
+    """What keeps the base student from writing other negatives while the student trains."""
+    if config.engines.between_epochs == "release":
+        return "engines.between_epochs=release, which leaves no engine beside the training workers"
+    if config.sampling.temperature == 0:
+        return "sampling.temperature=0, at which it writes the same texts again"
+    if config.pairs.negatives_from == "teacher":
+        return "pairs.negatives_from=teacher, where it writes none"
+    return None
 
 
 def parse_config(raw: Any, source: str) -> RunConfig:

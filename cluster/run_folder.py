@@ -45,7 +45,7 @@ class RunFolder:
         return self.root / "finished.json"
 
     def completions(self, name: str) -> UPath:
-        """Graded traces of one model: "teacher", or "student_000" for the base student."""
+        """Graded traces of one model: "teacher", "student_000" for the base student."""
         return self.root / "completions" / f"{name}.parquet"
 
     def pairs(self, epoch: int) -> UPath:

@@ -188,7 +188,12 @@ def _plan_work(plan: Plan, config: RunConfig, prompts: int, probes: dict[str, Pr
         contrasts and draws_from_latest(epoch, config.pairs.phi_in(epoch))
         for epoch in range(1, training.epochs + 1)
     )
-    students = int(contrasts and config.pairs.negatives_from == "student") + refreshes
+    base = contrasts and config.pairs.negatives_from == "student"
+    fresh = sum(
+        base and config.pairs.base == "fresh" and config.pairs.phi_in(epoch) < 1
+        for epoch in range(2, training.epochs + 1)
+    )
+    students = int(base) + fresh + refreshes
     traces = prompts * samples
     pooled = sum(min(samples, each.traces_per_prompt or samples) for each in teachers)
     per_prompt = min(pooled, config.pairs.positives_per_prompt or pooled)

@@ -37,6 +37,7 @@ from pipeline.teachers import pool_teachers
 from pipeline.verdicts.choice import choose_grader
 
 COUNTS_FILE = "counts.json"
+_STUDENT, _FRESH = "student_", "base_"  # with an epoch, names of traces
 _REFERENCE = "reference"  # the student as this stage of the recipe found it
 
 
@@ -82,6 +83,11 @@ class MixedPolicyResampler:
             release_engines(self._config)
         return storage.read_json(folder / COUNTS_FILE)
 
+    def sample_ahead(self, epoch: int) -> None:
+        """Sample what the pairs of `epoch` need of the base student; an earlier one may train."""
+        if epoch <= self._config.training.epochs and self._draws_from_base(epoch):
+            self.traces(self._base(epoch))
+
     def release(self) -> None:
         """Give back the engines."""
         release_engines(self._config)
@@ -96,16 +102,11 @@ class MixedPolicyResampler:
             )
         wanted = self._config.pairs
         phi = wanted.phi_in(epoch)
-        contrasts = self._config.contrasts
-        later = contrasts and draws_from_latest(epoch, phi)
-        # phi = 1 asks for later students alone, so N_0 is not touched after the first epoch.
-        base = contrasts and not (later and phi == 1)
+        later = self._later_students(epoch) if self._draws_from_latest(epoch) else []
         pools = Pools(
             positives=positives,
-            base=pool(self._base_negatives()) if base else {},
-            later=[pool(self.traces(name)) for name in self._later_students(epoch)]
-            if later
-            else [],
+            base=pool(self._base_negatives(epoch)) if self._draws_from_base(epoch) else {},
+            later=[pool(self.traces(name)) for name in later],
         )
         messages = {prompt.prompt_id: user_message(prompt) for prompt in self._prompts}
         drawn = draw_pairs(
@@ -138,9 +139,23 @@ class MixedPolicyResampler:
             ]
         storage.write_table(to_table(Anchor, anchors), self._run.scores(epoch))
 
-    def _base_negatives(self) -> list[Trace]:
+    def _draws_from_latest(self, epoch: int) -> bool:
+        phi = self._config.pairs.phi_in(epoch)
+        return self._config.contrasts and draws_from_latest(epoch, phi)
+
+    def _draws_from_base(self, epoch: int) -> bool:
+        # phi = 1 asks for later students alone, so N_0 is not touched after the first epoch.
+        alone = self._draws_from_latest(epoch) and self._config.pairs.phi_in(epoch) == 1
+        return self._config.contrasts and not alone
+
+    def _base(self, epoch: int) -> str:
+        """The name of the base student's traces that the pairs of `epoch` draw from."""
+        fresh = self._config.pairs.base == "fresh" and epoch > 1
+        return f"{_FRESH}{epoch:03d}" if fresh else student_name(0)
+
+    def _base_negatives(self, epoch: int) -> list[Trace]:
         if self._config.pairs.negatives_from == "student":
-            return self.traces(student_name(0))
+            return self.traces(self._base(epoch))
         usable = NEGATIVES[self._config.pairs.negatives]
         limit = self._config.sampling.max_rouge_l
         found = (keep_anew(self.traces(name), usable, limit) for name in self._config.teachers)
@@ -165,26 +180,35 @@ class MixedPolicyResampler:
         return [trace for entered in pooled.values() for trace in entered]
 
     def traces(self, name: str) -> list[Trace]:
-        """The graded traces of a teacher or of "student_NNN", sampled now if the run has none.
+        """The graded traces of a teacher, of "student_NNN" or of "base_NNN", which are the base
+        student's fresh ones for an epoch; sampled now if the run has none.
 
         Raises BadInputError where those that it has answer other prompts, or are of another model.
         """
-        epoch = 0 if name in self._config.teachers else int(name.rpartition("_")[2])
+        epoch = int(name.rpartition("_")[2]) if name.startswith(_STUDENT) else 0
         path, writer = self._run.completions(name), self._writer(name, epoch)
         if not path.exists():
             self._sample(name, epoch, writer)
         traces = from_table(Trace, storage.read_table(path))
-        if {trace.key for trace in traces} != planned_keys(writer, self._prompts, self._config):
+        planned = planned_keys(writer, self._prompts, self._config, self._first(name))
+        if {trace.key for trace in traces} != planned:
             raise BadInputError(
                 f"{path} was sampled from other data, or by another model, than are now at the "
                 "places that the recipe names: put those back, or set run.folder to a new folder"
             )
         return traces
 
+    def _first(self, name: str) -> int:
+        """The number of the first of these traces; those of another epoch are other draws."""
+        before = int(name.removeprefix(_FRESH)) - 1 if name.startswith(_FRESH) else 0
+        return before * self._config.sampling.samples
+
     def _sample(self, name: str, epoch: int, writer: Writer | ForeignWriter) -> None:
         teaches = name in self._config.teachers
         usable = POSITIVE if teaches else NEGATIVES[self._config.pairs.negatives]
-        samples = sample(writer, self._prompts, self._config, self._store, self._on_gpu)
+        samples = sample(
+            writer, self._prompts, self._config, self._store, self._on_gpu, self._first(name)
+        )
         traces = grade_samples(
             samples,
             self._prompts,
@@ -207,11 +231,9 @@ class MixedPolicyResampler:
     def _reader(self, name: str, epoch: int) -> Writer:
         """A model of this cluster."""
         config = self._config
-        sections: dict[str, Model] = {
-            **config.teachers,
-            student_name(0): config.base_student or config.student,
-        }
-        section = sections.get(name, config.student)
+        base = name == student_name(0) or name.startswith(_FRESH)
+        student = config.base_student or config.student if base else config.student
+        section: Model = config.teachers.get(name, student)
         reference = str(self._run.checkpoint(epoch)) if epoch else section.model
         return make_writer(name, reference, section, config, self._prompts[0].kind)
 
@@ -224,7 +246,7 @@ class MixedPolicyResampler:
 
 def student_name(epoch: int) -> str:
     """The name of a student's traces in completions/; epoch 0 is the base student."""
-    return f"student_{epoch:03d}"
+    return f"{_STUDENT}{epoch:03d}"
 
 
 def start_resampler(run: RunFolder, config: RunConfig, board: Any) -> Any:

@@ -70,15 +70,18 @@ def _architecture(folder: Path, chat: Chat) -> str:
 
 
 def plan_requests(
-    writer: Writer, prompts: Sequence[Prompt], samples: int, seed: int
+    writer: Writer, prompts: Sequence[Prompt], samples: int, seed: int, first: int = 0
 ) -> list[SampleRequest]:
-    """All samples that a stage wants, `samples` a prompt, each with its key and its own seed."""
+    """All samples that a stage wants, `samples` a prompt, each with its key and its own seed.
+
+    Their numbers start at `first`; samples of other numbers are other draws.
+    """
     manner = repr((writer.weights.digest, writer.weights.dtype, writer.decoding))
     requests = []
     for prompt in prompts:
         ids = writer.chat.prompt_ids(user_message(prompt), writer.few_shot)
         rendered = digest_text(manner, writer.chat.template, repr(ids))
-        for index in range(samples):
+        for index in range(first, first + samples):
             key, own_seed = sample_key(rendered, index, seed)
             requests.append(SampleRequest(key, prompt.prompt_id, index, ids, own_seed))
     return requests
@@ -90,8 +93,9 @@ def sample(
     config: RunConfig,
     store: SampleStore,
     on_gpu: bool,
+    first: int = 0,
 ) -> list[Sample]:
-    """K samples of each prompt: those of the store, and new ones for the rest.
+    """K samples of each prompt, `first` and on: those of the store, and new ones for the rest.
 
     A request that fails is a row with its error; it is not stored, so a later run tries it again.
     Raises RunError past sampling.max_error_share.
@@ -107,18 +111,19 @@ def sample(
         errors = [_refusal(request, writer, room) for request in too_long]
         return errors + (list(_draw(writer, fitting, config, store, on_gpu)) if fitting else [])
 
-    requests = plan_requests(writer, prompts, samples, seed)
+    requests = plan_requests(writer, prompts, samples, seed, first)
     allowed = config.sampling.max_error_share
     return sample_missing(writer.name, writer.weights.digest, requests, draw, store, allowed)
 
 
 def planned_keys(
-    writer: Writer | ForeignWriter, prompts: Sequence[Prompt], config: RunConfig
+    writer: Writer | ForeignWriter, prompts: Sequence[Prompt], config: RunConfig, first: int = 0
 ) -> set[str]:
     """Keys of all samples that `sample` gives."""
-    plan: Any = plan_foreign_requests if isinstance(writer, ForeignWriter) else plan_requests
-    planned = plan(writer, prompts, config.sampling.samples, config.run.seed)
-    return {request.key for request in planned}
+    samples, seed = config.sampling.samples, config.run.seed
+    if isinstance(writer, ForeignWriter):
+        return {one.key for one in plan_foreign_requests(writer, prompts, samples, seed)}
+    return {one.key for one in plan_requests(writer, prompts, samples, seed, first)}
 
 
 def _refusal(request: SampleRequest, writer: Writer, room: int) -> Sample:

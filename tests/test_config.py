@@ -159,6 +159,20 @@ def test_a_judges_key_has_no_place_in_the_configuration(config_file, option, mes
     assert "sk-1" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["engines.between_epochs=release"], "no engine beside the training workers"),
+        (["pairs.phi=0", "pairs.negatives_from=teacher"], "where it writes none"),
+        (["sampling.temperature=0", "sampling.samples=1"], "the same texts again"),
+    ],
+)
+def test_fresh_negatives_need_somebody_who_writes_them(config_file, options, message):
+    load_config(config_file, ["pairs.base=fresh"])
+    with pytest.raises(BadInputError, match=f"{message}.*: set pairs.base to once"):
+        load_config(config_file, ["pairs.base=fresh", *options])
+
+
 def test_a_missing_section_is_named(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({key: MINIMAL[key] for key in ("run", "task", "teacher")}))

@@ -35,11 +35,11 @@ def resampler(tiny_llama, tmp_path, request):
     return resampler
 
 
-def fill(resampler, name, right):
+def fill(resampler, name, right, first=0):
     writer = resampler._writer(name, 0)
     golds = {prompt.prompt_id: prompt.gold for prompt in resampler._prompts}
     store = SampleStore(location(resampler._config.run.store))
-    for request in plan_requests(writer, resampler._prompts, 4, 0):
+    for request in plan_requests(writer, resampler._prompts, 4, 0, first):
         index = request.sample_index
         text = RIGHT % golds[request.prompt_id] if right and index % 2 else WRONG % index
         row = (request.key, request.prompt_id, index, writer.weights.digest)
@@ -73,3 +73,25 @@ def test_recent_asks_for_every_student_since_the_first_epoch(resampler, request)
     recent = resampler._config.pairs.draw == "recent"
     expected = ["student_002", "student_001"] if recent else ["student_002"]
     assert resampler._later_students(3) == expected
+
+
+@pytest.mark.parametrize("resampler", [{"phi": 0, "base": "fresh"}], indirect=True)
+def test_fresh_negatives_of_the_base_student_are_sampled_before_they_are_needed(resampler):
+    fill(resampler, "base_002", right=False, first=4)
+    assert {pair.rejected for pair in pairs_of(resampler, 1)} <= {
+        f"student_000 {WRONG % index}" for index in range(4)
+    }
+    resampler.sample_ahead(2)
+    ahead = storage.read_table(resampler._run.completions("base_002"))
+    assert set(ahead["epoch"].to_pylist()) == {0}, "of the base student"
+    assert {pair.rejected for pair in pairs_of(resampler, 2)} <= {
+        f"base_002 {WRONG % index}" for index in range(4, 8)
+    }
+    resampler.sample_ahead(4)  # there is no fourth epoch
+    assert not resampler._run.completions("base_004").exists()
+
+
+@pytest.mark.parametrize("resampler", [{"phi": 1, "base": "fresh"}], indirect=True)
+def test_nothing_is_sampled_ahead_that_no_epoch_draws_from(resampler):
+    resampler.sample_ahead(2)
+    assert not resampler._run.completions("base_002").exists()

@@ -36,7 +36,7 @@ class Assignment:
 
     run: RunFolder
     config: RunConfig
-    resampler: Any  # actor handle with prepare_epoch(epoch)
+    resampler: Any  # actor handle with prepare_epoch(epoch) and sample_ahead(epoch)
     board: Any  # actor handle of cluster.progress.Board, or None
     on_gpu: bool  # what the run decided, for a CPU run may be on a machine with GPUs
 
@@ -105,6 +105,8 @@ class Worker:
             if self._from_first(self._asked_to_stop):
                 return
             self._await_pairs(epoch)
+            if self.first and self.config.pairs.base == "fresh":
+                self.assignment.resampler.sample_ahead.remote(epoch + 1)
             if not self._train_epoch(epoch):
                 return
             if epoch < self.training.epochs:

@@ -89,6 +89,9 @@ class Pairs(Section):
     """Which traces may be negatives; an unparsed one teaches format, not reasoning."""
     negatives_from: Literal["student", "teacher"] = "student"
     """Whose wrong traces are the negatives; the teacher's need phi 0, as they never change."""
+    base: Literal["once", "fresh"] = "once"
+    """Sample the base student's negatives once for all epochs, or fresh ones for each epoch, while
+    the epoch before it trains; that needs room for an engine beside the training workers."""
     draw: Literal["uniform", "similar", "recent"] = "uniform"
     """Which of a prompt's negatives is taken: any of the latest student's, the one most like the
     positive (ROUGE-L), or any of all students' since the first epoch, younger ones more often."""

@@ -49,9 +49,16 @@ class Recipe:
 
     def steps(self, epoch: int) -> list[int]:
         """Numbers of an epoch's training steps, in the order in which they were taken."""
+        return [line["step"] for line in self._trained(epoch)]
+
+    def losses(self, epoch: int) -> dict[int, float]:
+        """Loss of each training step of an epoch, that of its last try."""
+        return {line["step"]: line["loss"] for line in self._trained(epoch)}
+
+    def _trained(self, epoch: int) -> list[dict]:
         file = self.run / "metrics.jsonl"
         lines = map(json.loads, file.read_text().splitlines() if file.exists() else [])
-        return [x["step"] for x in lines if x["stage"] == "train" and x["epoch"] == epoch]
+        return [line for line in lines if line["stage"] == "train" and line["epoch"] == epoch]
 
     def evaluated(self) -> set[str]:
         return {file.stem for file in self.run.glob("evals/*.json")}

@@ -1,14 +1,18 @@
 """Sampling with the real engines: Ray, Ray Data, Ray Serve and vLLM on a CPU, on tiny models."""
 
 import json
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
 import yaml
 
 from cluster import storage
-from cluster.config import parse_config
+from cluster.config import RunConfig, parse_config
 from cluster.errors import BadInputError, RunError
 from cluster.run_folder import open_run
 from cluster.session import ray_session, result_of
@@ -21,6 +25,7 @@ from pipeline.sampling import make_writer, sample
 from pipeline.scoring import Answered, score
 from pipeline.store import SampleStore, ScoreStore
 from pipeline.tasks import load_prompts
+from tests.integration.runs import SHOT, write_problems
 
 pytestmark = pytest.mark.integration
 
@@ -78,6 +83,27 @@ def by_key(samples: list[Sample]) -> dict[str, Sample]:
 def running_engines():
     processes = psutil.Process().children(recursive=True)
     return {process for process in processes if "EngineCore" in " ".join(process.cmdline())}
+
+
+def stored_keys(store: Path) -> list[str]:
+    """Keys of the samples in a store, as often as they are there."""
+    tables = [read_table(location(str(file))) for file in store.rglob("*.parquet")]
+    return [key for table in tables for key in table["key"].to_pylist()]
+
+
+def kill_once_under_way(name: str, under_way: Callable[[], object]) -> threading.Thread:
+    """Kill the processes with `name` in their command as soon as `under_way` holds."""
+
+    def kill() -> None:
+        while not under_way():
+            time.sleep(0.02)
+        for process in psutil.Process().children(recursive=True):
+            if name in " ".join(process.cmdline()):
+                process.kill()
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    return thread
 
 
 def with_options(config, **sections):
@@ -224,6 +250,62 @@ def test_a_warm_engine_takes_new_weights(config, tiny_llama, tmp_path, prompts, 
     assert {key: row.text for key, row in back.items()} == {
         key: row.text for key, row in by_key(before).items()
     }
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    "killed",
+    ["EngineCore", pytest.param("ServeReplica:potstill-sampler", marks=pytest.mark.long)],
+)
+@pytest.mark.usefixtures("session")
+def test_an_engine_that_dies_in_the_midst_of_a_batch_loses_nothing(
+    killed, config, tiny_llama, prompts, tmp_path
+):
+    many = with_options(config, sampling={"samples": 20, "max_new_tokens": 100})
+    student = writer(many, tiny_llama, prompts)
+    stores = [SampleStore(location(str(tmp_path / name))) for name in ("calm", "disturbed")]
+    calm = by_key(sample(student, prompts, many, stores[0], on_gpu=False))
+    folder = tmp_path / "disturbed"
+    killing = kill_once_under_way(killed, lambda: [*folder.rglob("*.parquet.ok")])
+    disturbed = by_key(sample(student, prompts, many, stores[1], on_gpu=False))
+    killing.join(1)
+    assert not killing.is_alive()
+    assert sorted(stored_keys(folder)) == sorted(calm), "a sample is lost, or there twice"
+    assert {key: row.text for key, row in disturbed.items()} == {
+        key: row.text for key, row in calm.items()
+    }
+
+
+def guessing(config: RunConfig, guesser: Path, folder: Path) -> RunConfig:
+    """A run on problems whose answers its models guess."""
+    folder.mkdir()
+    task = {"name": "gsm8k", "data": str(write_problems(folder / "data", {"train": 30}))}
+    raw = config.model_dump(mode="json") | {
+        "run": {"folder": str(folder / "run"), "store": str(folder / "store")},
+        "task": task,
+        "teacher": {"model": str(guesser), "few_shot": [SHOT]},
+        "student": {"model": str(guesser)},
+    }
+    return with_options(parse_config(raw, "test"), sampling={"samples": 8, "max_new_tokens": 40})
+
+
+@pytest.mark.fault
+@pytest.mark.usefixtures("session")
+def test_a_resampler_that_is_killed_makes_the_same_pairs(config, guesser, tmp_path):
+    calm, disturbed = (guessing(config, guesser, tmp_path / name) for name in ("calm", "disturbed"))
+    store = tmp_path / "disturbed" / "store"
+    killing = kill_once_under_way(
+        "ray::MixedPolicyResampler", lambda: [*store.rglob("*.parquet.ok")]
+    )
+    tables = []
+    for one in (calm, disturbed):
+        run = open_run(one)
+        assert result_of(start_resampler(run, one, board=None).prepare_epoch.remote(1))["pairs"]
+        tables.append(read_table(run.pairs(1)))
+    assert not killing.is_alive()
+    assert tables[0].equals(tables[1])
+    keys = stored_keys(store)
+    assert len(keys) == len(set(keys)) == 2 * 30 * 8
 
 
 ANSWERS = [

@@ -1,9 +1,15 @@
 """Real Ray Serve and vLLM: one endpoint over a run's models, and the evaluation through it."""
 
 import json
+import re
 import shutil
+import threading
+import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
+import psutil
 import pytest
 
 from cluster import storage
@@ -14,6 +20,7 @@ from cluster.session import ray_session
 from evals.stage import evaluate
 from evals.table import results_table
 from pipeline.chat import load_chat
+from pipeline.endpoint import ChatEndpoint
 from pipeline.tasks import instruct, load_prompts, user_message
 from serving.app import start_serving, stop_serving
 from serving.client import ask
@@ -266,6 +273,76 @@ def test_another_run_has_an_endpoint_of_its_own_with_a_key(endpoint, run, config
     finally:
         stop_serving(other)
     assert ask(endpoint.url, "Hello", "base", max_tokens=12) == texts[0]
+
+
+LOAD = 24
+
+
+@dataclass
+class Asked:
+    """One request under load: when it was sent, when it ended, and its answer if it got one."""
+
+    sent: float
+    ended: float
+    text: str | None
+
+
+def under_load(url, model, tries_again, until) -> list[Asked]:
+    """What LOAD callers ask, each one request after the other, until a time."""
+    import openai
+
+    def call(number: int) -> list[Asked]:
+        found = []
+        with openai.OpenAI(base_url=url, api_key="none", max_retries=tries_again) as client:
+            while (sent := time.monotonic()) < until():
+                try:
+                    text = complete(client, model, "Hello").choices[0].message.content
+                except openai.APIError:
+                    text = None
+                found.append(Asked(sent, time.monotonic(), text))
+        return found
+
+    with ThreadPoolExecutor(LOAD) as callers:
+        return [asked for found in callers.map(call, range(LOAD)) for asked in found]
+
+
+def kill_replica(name: str) -> float:
+    """Kill the processes of a replica; the time at which it was done."""
+    victims = [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if re.search(name, " ".join(process.cmdline()))
+    ]
+    assert victims
+    for process in victims:
+        process.kill()
+    return time.monotonic()
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("tries_again", [0, ChatEndpoint.tries_again])
+@pytest.mark.parametrize("replica", ["ServeReplica:.*LLMServer", "ServeReplica:.*Ingress"])
+def test_a_replica_that_dies_under_load_takes_no_more_than_what_it_had(
+    endpoint, client, replica, tries_again
+):
+    truth = complete(client, "base").choices[0].message.content
+    killed = [float("inf")]
+
+    def kill() -> None:
+        time.sleep(3)
+        killed[0] = kill_replica(replica)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    asked = under_load(endpoint.url, "base", tries_again, lambda: killed[0] + 8)
+    thread.join()
+    lost = [one for one in asked if one.text is None]
+    print(f"{replica}: {len(asked)} requests, {len(lost)} lost, {tries_again} tries again")
+    assert {one.text for one in asked} - {None} == {truth}
+    assert [one for one in lost if not one.sent <= killed[0] <= one.ended] == []
+    if tries_again:
+        assert lost == []
+    assert max(one.ended for one in asked if one.text) > killed[0], "it answers again"
 
 
 def test_model_that_cannot_start_is_named(endpoint, run, config, tmp_path):

@@ -1,0 +1,92 @@
+"""Nodes that vanish under a run: several raylets on this machine, as nodes of one cluster."""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.integration.runs import Recipe, go, write_recipe
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.fault,
+    pytest.mark.long,
+    pytest.mark.timeout(1500),
+]
+
+OPTIONS = [
+    "cluster.accelerator=cpu",
+    "cluster.training_nodes=stage=training",
+    "cluster.sampling_nodes=stage=sampling",
+    "training.save_minutes=0.02",
+    "evaluation.through=engines",
+]
+
+
+@dataclass
+class Nodes:
+    """A cluster whose head has a node for training and one for sampling beside it."""
+
+    cluster: object
+
+    def add(self, stage: str) -> object:
+        return self.cluster.add_node(num_cpus=4, labels={"stage": stage})
+
+    def replace(self, node: object, stage: str) -> None:
+        """Take a node away without notice; another comes in its place."""
+        self.cluster.remove_node(node, allow_graceful=False)
+        self.add(stage)
+
+
+@pytest.fixture
+def nodes():
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    yield Nodes(cluster)
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(guesser, free_port, tmp_path_factory) -> Recipe:
+    recipe = write_recipe(tmp_path_factory.mktemp("undisturbed"), guesser, free_port())
+    ended = go(recipe, OPTIONS[3:])
+    assert ended.code == 0, ended.screen
+    return recipe
+
+
+def once(condition: Callable[[], object], act: Callable[[], None]) -> threading.Thread:
+    def wait() -> None:
+        while not condition():
+            time.sleep(0.05)
+        act()
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_run_goes_on_without_the_nodes_it_loses(nodes, undisturbed, guesser, free_port, tmp_path):
+    """The sampling node goes while the teacher is sampled, the training node in epoch 1."""
+    recipe = write_recipe(tmp_path / "home", guesser, free_port())
+    sampling, training = nodes.add("sampling"), nodes.add("training")
+    losses = [
+        once(recipe.keys, lambda: nodes.replace(sampling, "sampling")),
+        once(lambda: len(recipe.steps(1)) > 50, lambda: nodes.replace(training, "training")),
+    ]
+    ended = go(recipe, [f"cluster.address={nodes.cluster.address}", *OPTIONS])
+    print(ended.screen)
+    assert ended.code == 0, ended.screen
+    assert not any(loss.is_alive() for loss in losses)
+    assert "training lost worker 0 of 1: going on" in ended.screen
+    assert sorted(recipe.keys()) == sorted(undisturbed.keys()), "a sample is lost, or there twice"
+    for epoch in (1, 2):
+        ours, theirs = recipe.losses(epoch), undisturbed.losses(epoch)
+        assert ours == pytest.approx(theirs, abs=1e-6)
+        pairs = [
+            run / f"pairs/epoch_{epoch:03d}/pairs.parquet" for run in (recipe.run, undisturbed.run)
+        ]
+        assert pq.read_table(pairs[0]).equals(pq.read_table(pairs[1]))
