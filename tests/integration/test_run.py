@@ -3,19 +3,21 @@
 import re
 import shutil
 import signal
+import subprocess
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.integration.runs import TRACES, Try, go, write_recipe
+from tests.integration.runs import TRACES, Recipe, Try, go, write_recipe
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
 
 EVALUATIONS = {"base_test", "teacher_test"} | {
     f"student-epoch-{epoch}_{split}" for epoch in (1, 2) for split in ("validation", "test")
 }
+THROUGH_ENGINES = ["evaluation.through=engines"]  # which spares a start of each model
 NOISE = r"WARN|INFO|ERROR|Traceback|Warning|pid=|it/s|\x1b|\r"
 
 
@@ -46,24 +48,25 @@ STAGES = {
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(["epoch 2"], id="once"),
-        pytest.param([*STAGES], id="in each stage", marks=pytest.mark.long),
+        pytest.param((["epoch 2"], THROUGH_ENGINES), id="once"),
+        pytest.param(([*STAGES], []), id="in each stage", marks=pytest.mark.long),
     ],
 )
 def disturbed(request, guesser, free_port, tmp_path_factory):
     """A run that was killed in one or all stages, and what it said in the try after each kill."""
     recipe = write_recipe(tmp_path_factory.mktemp("disturbed"), guesser, free_port())
+    stages, overrides = request.param
     screens, killed = {}, None
-    for stage in request.param:
+    for stage in stages:
         under_way, result = STAGES[stage]
-        ended = go(recipe, until=lambda _, under_way=under_way: under_way(recipe))
+        ended = go(recipe, overrides, until=lambda _, under_way=under_way: under_way(recipe))
         print(f"--- killed in {stage} after {ended.seconds:.0f} s\n{ended.screen}")
         assert ended.code == -signal.SIGKILL, ended.screen
         assert not (recipe.run / result).exists(), f"not killed in {stage}, but after it"
         if killed:
             screens[killed] = ended.screen
         killed = stage
-    ended = go(recipe)
+    ended = go(recipe, overrides)
     print(f"--- {ended.seconds:.0f} s\n{ended.screen}")
     assert ended.code == 0, ended.screen
     return recipe, screens | {killed: ended.screen}
@@ -102,9 +105,7 @@ def test_a_run_that_goes_on_says_what_it_reuses(disturbed):
 
 @pytest.mark.fault
 def test_nothing_is_sampled_twice(disturbed, whole):
-    keys = disturbed[0].keys()
-    assert len(keys) == len(set(keys)) == 3 * TRACES
-    assert set(keys) == set(whole[0].keys())
+    assert_same_samples(disturbed[0], whole[0])
 
 
 @pytest.mark.fault
@@ -120,9 +121,25 @@ def test_no_finished_epoch_is_trained_again(disturbed, whole):
 
 @pytest.mark.fault
 def test_the_end_is_that_of_a_run_which_nothing_disturbed(disturbed, whole):
-    ours, theirs = disturbed[0].run, whole[0].run
+    assert_as_undisturbed(disturbed[0], whole[0])
+
+
+def assert_same_samples(recipe: Recipe, undisturbed: Recipe) -> None:
+    """None is lost and none is there twice, those apart that evaluations draw."""
+    keys, wanted = recipe.keys(), undisturbed.keys()
+    assert len(wanted) == len(set(wanted)) == 3 * TRACES
+    assert len(keys) == len(set(keys))
+    assert set(keys) >= set(wanted)
+
+
+def assert_as_undisturbed(recipe: Recipe, undisturbed: Recipe) -> None:
+    """Samples, pairs, answers and weights are those of a run that nothing disturbed."""
+    assert_same_samples(recipe, undisturbed)
+    ours, theirs = recipe.run, undisturbed.run
     for name in ("pairs/epoch_001/pairs.parquet", "pairs/epoch_002/pairs.parquet"):
         assert pq.read_table(ours / name).equals(pq.read_table(theirs / name))
+    for epoch in (1, 2):
+        assert recipe.losses(epoch) == pytest.approx(undisturbed.losses(epoch), abs=1e-6)
     for name in EVALUATIONS:
         answers = pq.read_table(ours / f"evals/{name}.parquet")
         assert answers.equals(pq.read_table(theirs / f"evals/{name}.parquet")), name
@@ -171,3 +188,34 @@ def test_an_interruption_says_that_the_run_can_go_on(whole, guesser, free_port, 
 def assert_interrupted(ended: Try) -> None:
     assert ended.code == 75, ended.screen
     assert ended.screen.endswith("interrupted: the same command goes on from here\n")
+
+
+@pytest.fixture
+def disks(tmp_path):
+    """Small disks by their place, that can be made larger."""
+    places = [tmp_path / name for name in ("store", "run/pairs", "run/checkpoints")]
+    mounted = []
+    for place in places:
+        place.mkdir(parents=True)
+        command = ["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", str(place)]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("this user may not mount a disk of memory")
+        mounted.append(place)
+    yield places
+    for place in mounted:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+@pytest.mark.fault
+@pytest.mark.long
+def test_a_full_disk_ends_a_run_that_goes_on_once_there_is_room(
+    whole, guesser, free_port, tmp_path, disks
+):
+    recipe = write_recipe(tmp_path, guesser, free_port())
+    for place in disks:  # samples, then pairs, then a checkpoint find no room
+        ended = go(recipe, THROUGH_ENGINES)
+        assert ended.code == 1, ended.screen
+        assert re.search(rf"\nerror: {place}/.* cannot be written .*free space", ended.screen)
+        subprocess.run(["mount", "-o", "remount,size=64m", str(place)], check=True)
+    assert go(recipe, THROUGH_ENGINES).code == 0
+    assert_as_undisturbed(recipe, whole[0])
