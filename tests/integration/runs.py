@@ -63,6 +63,15 @@ class Recipe:
     def evaluated(self) -> set[str]:
         return {file.stem for file in self.run.glob("evals/*.json")}
 
+    def as_overrides(self) -> list[str]:
+        """What the file says, as options over another recipe."""
+        config = yaml.safe_load(self.file.read_text())
+        return [
+            f"{section}.{name}={json.dumps(value)}"
+            for section, options in config.items()
+            for name, value in options.items()
+        ]
+
     def files(self) -> dict[str, int]:
         """What is on the disk, and when it was written."""
         return {str(path): path.stat().st_mtime_ns for path in self.home.rglob("*")}
@@ -149,6 +158,8 @@ def write_problems(folder: Path, counts: dict[str, int]) -> Path:
 
 
 def write_recipe(home: Path, model: Path, port: int) -> Recipe:
+    """A run of two epochs on a guessing model, in an empty folder or a new one."""
+    home.mkdir(exist_ok=True)
     section = {"model": str(model), "dtype": "float32"}
     context = {"max_model_len": 256, "kv_cache_gib": 0.2}
     recipe = Recipe(home / "recipe.yaml")

@@ -7,12 +7,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 import requests
+
+from tests.integration.runs import go, write_recipe
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -28,8 +31,11 @@ class Head:
     environment: dict[str, str]
     options: list[str]
     """Which make the recipe one of tiny models."""
+    pid: int
 
-    def potstill(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    def potstill(
+        self, *arguments: str, limit_s: float = JOB_LIMIT_S, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "potstill.py", *arguments],
             cwd=PROJECT,
@@ -37,14 +43,16 @@ class Head:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=JOB_LIMIT_S,
+            timeout=limit_s,
         )
 
-    def submit(self, run: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def submit(
+        self, run: Path, *arguments: str, limit_s: float = JOB_LIMIT_S
+    ) -> subprocess.CompletedProcess[str]:
         recipe = "configs/quickstart_small.yaml"
         places = [f"run.folder={run}/run", f"run.store={run}/store"]
-        address = ["--address", self.url]
-        return self.potstill("submit", recipe, *places, *self.options, *arguments, *address)
+        rest = [*self.options, *arguments, "--address", self.url]
+        return self.potstill("submit", recipe, *places, *rest, limit_s=limit_s)
 
     def log_once_it_has(self, job: str, words: str) -> str:
         deadline = time.monotonic() + JOB_LIMIT_S
@@ -56,11 +64,17 @@ class Head:
 
 @pytest.fixture(scope="module")
 def head(tiny_llama, free_port, tmp_path_factory):
+    """A cluster whose recipes are of tiny models."""
+    with a_head(tmp_path_factory.mktemp("home"), free_port, tiny(tiny_llama, free_port())) as found:
+        yield found
+
+
+@contextmanager
+def a_head(home: Path, free_port, options: list[str]):
     """`ray start --head` with ports and a token of its own; ended by its process ids alone.
 
     `ray stop` would end every Ray of the machine.
     """
-    home = tmp_path_factory.mktemp("home")
     token = home / "token"
     token.write_text(secrets.token_hex(16))
     port = free_port()
@@ -70,7 +84,7 @@ def head(tiny_llama, free_port, tmp_path_factory):
         "POTSTILL_CACHE": str(home / "cache"),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
-    options = {
+    flags = {
         "port": free_port(),
         "dashboard-host": "127.0.0.1",
         "dashboard-port": port,
@@ -85,14 +99,14 @@ def head(tiny_llama, free_port, tmp_path_factory):
             process = subprocess.Popen(
                 [
                     *(Path(sys.executable).with_name("ray"), "start", "--head", "--block"),
-                    *(f"--{name}={value}" for name, value in options.items()),
+                    *(f"--{name}={value}" for name, value in flags.items()),
                     f"--temp-dir={folder}",
                 ],
                 env=environment | {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"},
                 stdout=stream,
                 stderr=subprocess.STDOUT,
             )
-        found = Head(f"http://127.0.0.1:{port}", environment, tiny(tiny_llama, free_port()))
+        found = Head(f"http://127.0.0.1:{port}", environment, options, process.pid)
         try:
             wait_for(lambda: answers(found.url), process, log)
             yield found
@@ -122,9 +136,15 @@ def wait_for(condition, process, log) -> None:
         time.sleep(0.5)
 
 
+def family_of(pid: int) -> list[psutil.Process]:
+    """A process and all that it started, and nothing else."""
+    return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+
+
 def end(process) -> None:
-    """End a process and all that it started, and nothing else."""
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    if process.poll() is not None:
+        return
+    family = family_of(process.pid)
     process.terminate()
     _, left = psutil.wait_procs(family, timeout=20)
     for straggler in left:
@@ -216,3 +236,36 @@ def test_who_has_no_token_or_a_wrong_one_is_told_so(head, token, tmp_path):
     refused = head.potstill("status", "--address", head.url, **variables)
     assert refused.returncode == 2
     assert refused.stdout.startswith(f"error: the cluster at {head.url} wants its token")
+
+
+# What the recipe that is sent says, and the other one does not.
+NOT_SHRUNK = ["pairs.negatives=wrong"] + [
+    f"task.{split}_prompts=null" for split in ("train", "validation", "test")
+]
+
+
+@pytest.mark.fault
+@pytest.mark.long
+@pytest.mark.timeout(1500)
+def test_a_run_whose_head_is_lost_goes_on_when_it_is_sent_to_another(guesser, free_port, tmp_path):
+    calm = write_recipe(tmp_path / "calm", guesser, free_port())
+    options = ["evaluation.through=engines", "training.save_minutes=0.02"]
+    assert go(calm, options).code == 0
+    recipe = write_recipe(tmp_path / "moved", guesser, free_port())
+    options += [*recipe.as_overrides(), *NOT_SHRUNK, f"student.model={guesser}"]
+    with a_head(tmp_path / "first", free_port, options) as head:
+        job = job_of(head.submit(recipe.home).stdout)
+        deadline = time.monotonic() + 300
+        while len(recipe.steps(1)) < 50:
+            assert time.monotonic() < deadline, head.potstill("logs", job, "--address", head.url)
+            time.sleep(0.05)
+        for process in family_of(head.pid):
+            process.kill()
+    with a_head(tmp_path / "second", free_port, options) as head:
+        ended = head.submit(recipe.home, "--wait", limit_s=600)
+    print(ended.stdout)
+    assert ended.returncode == 0, ended.stdout
+    assert re.search(r"going on after step \d+, with the optimizer's state", ended.stdout)
+    assert sorted(recipe.keys()) == sorted(calm.keys())
+    for epoch in (1, 2):
+        assert recipe.losses(epoch) == pytest.approx(calm.losses(epoch), abs=1e-6)
