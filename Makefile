@@ -57,7 +57,7 @@ faults: .venv/cpu.installed .venv/gemma.installed .venv/dev.installed
 	@$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync $(FAULTS:%=fault/%)
 
 fault/%:
-	@.venv/bin/pytest -m fault --durations=5 $*
+	@.venv/bin/pytest -m "fault or long" --durations=5 $*
 
 check: .venv/cpu.installed .venv/dev.installed
 	.venv/bin/ruff check .

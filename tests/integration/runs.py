@@ -129,6 +129,24 @@ def go(
     return Try(driver.wait(), screen.read_text(), ended - started)
 
 
+def family_of(pid: int) -> list[psutil.Process]:
+    """A process and all that it started, and nothing else."""
+    return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+
+
+def end(process: subprocess.Popen) -> None:
+    """End a process and its family, by force those that take too long."""
+    if process.poll() is not None:
+        return
+    family = family_of(process.pid)
+    process.terminate()
+    _, left = psutil.wait_procs(family, timeout=20)
+    for straggler in left:
+        straggler.kill()
+    _, left = psutil.wait_procs(left, timeout=10)
+    assert left == []
+
+
 def command_of(process: psutil.Process) -> str:
     try:
         return " ".join(process.cmdline())

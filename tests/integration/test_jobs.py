@@ -11,11 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
 import requests
 
-from tests.integration.runs import go, write_recipe
+from tests.integration.runs import end, family_of, go, write_recipe
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -134,23 +133,6 @@ def wait_for(condition, process, log) -> None:
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.5)
-
-
-def family_of(pid: int) -> list[psutil.Process]:
-    """A process and all that it started, and nothing else."""
-    return [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-
-
-def end(process) -> None:
-    if process.poll() is not None:
-        return
-    family = family_of(process.pid)
-    process.terminate()
-    _, left = psutil.wait_procs(family, timeout=20)
-    for straggler in left:
-        straggler.kill()
-    _, left = psutil.wait_procs(left, timeout=10)
-    assert left == []
 
 
 def job_of(screen: str) -> str:

@@ -30,6 +30,7 @@ from tests.integration.runs import SHOT, write_problems
 pytestmark = pytest.mark.integration
 
 PROMPTS = 6
+PROBLEMS = {"train": 30, "validation": 2, "test": 2}
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +280,7 @@ def test_an_engine_that_dies_in_the_midst_of_a_batch_loses_nothing(
 def guessing(config: RunConfig, guesser: Path, folder: Path) -> RunConfig:
     """A run on problems whose answers its models guess."""
     folder.mkdir()
-    task = {"name": "gsm8k", "data": str(write_problems(folder / "data", {"train": 30}))}
+    task = {"name": "gsm8k", "data": str(write_problems(folder / "data", PROBLEMS))}
     raw = config.model_dump(mode="json") | {
         "run": {"folder": str(folder / "run"), "store": str(folder / "store")},
         "task": task,
@@ -305,7 +306,7 @@ def test_a_resampler_that_is_killed_makes_the_same_pairs(config, guesser, tmp_pa
     assert not killing.is_alive()
     assert tables[0].equals(tables[1])
     keys = stored_keys(store)
-    assert len(keys) == len(set(keys)) == 2 * 30 * 8
+    assert len(keys) == len(set(keys)) == 2 * PROBLEMS["train"] * 8
 
 
 ANSWERS = [

@@ -1,0 +1,145 @@
+"""Ray's own autoscaler, its machines raylets here: nodes come for a stage, and go after it."""
+
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.integration.runs import end, go, write_recipe
+
+pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(1200)]
+
+HEAD = f"{0:056x}".replace("0", "f", 51)
+IDLE_S, START_LIMIT_S = 12, 90
+# The provider's own defaults lack a file in Ray's package; as an external one it needs none.
+PROVIDER = {
+    "type": "external",
+    "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+    "head_node_id": HEAD,
+    "launch_multiple": True,
+}
+
+
+def cluster_config(address: str) -> dict:
+    """As ray_cluster.yaml: a head, and nodes for training and for sampling from none up."""
+    nodes = {
+        stage: {
+            "resources": {"CPU": 4},
+            "labels": {"stage": stage},
+            "node_config": {},
+            "min_workers": 0,
+            "max_workers": 1,
+        }
+        for stage in ("training", "sampling")
+    }
+    head = {"resources": {"CPU": 2}, "node_config": {}, "max_workers": 0}
+    return {
+        "cluster_name": "here",
+        "provider": PROVIDER | {"gcs_address": address},
+        "max_workers": 2,
+        "idle_timeout_minutes": IDLE_S / 60,
+        "head_node_type": "head",
+        "available_node_types": nodes | {"head": head},
+    }
+
+
+@pytest.fixture
+def address(free_port, tmp_path, monkeypatch):
+    """A cluster that is no more than its head, until more is asked for."""
+    from ray._private.services import get_node_ip_address
+
+    ip, port = get_node_ip_address(), free_port()
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(cluster_config(f"{ip}:{port}")))
+    for name, value in {
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_FAKE_CLUSTER": "1",
+        "RAY_enable_autoscaler_v2": "1",
+        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD,
+        "RAY_CLOUD_INSTANCE_ID": HEAD,
+        "RAY_NODE_TYPE_NAME": "head",
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    flags = {
+        "port": port,
+        "node-ip-address": ip,
+        "num-cpus": 2,
+        "autoscaling-config": tmp_path / "cluster.yaml",
+        "dashboard-agent-listen-port": free_port(),
+        "include-dashboard": "false",
+    }
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        started = subprocess.Popen(
+            [
+                *(Path(sys.executable).with_name("ray"), "start", "--head", "--block"),
+                *(f"--{name}={value}" for name, value in flags.items()),
+                f"--temp-dir={folder}",
+            ],
+            stdout=(tmp_path / "head.log").open("w"),
+            stderr=subprocess.STDOUT,
+        )
+        for name in ("RAY_OVERRIDE_NODE_ID_FOR_TESTING", "RAY_CLOUD_INSTANCE_ID"):
+            monkeypatch.delenv(name)  # they are the head's alone
+        try:
+            yield f"{ip}:{port}"
+        finally:
+            end(started)
+
+
+@pytest.fixture
+def seen(address):
+    """The kinds of nodes that were up at once, one after the other, as they change."""
+    import ray
+
+    deadline = time.monotonic() + START_LIMIT_S
+    while not ray.is_initialized():
+        try:
+            ray.init(address=address, logging_level="ERROR", log_to_driver=False)
+        except ConnectionError:
+            assert time.monotonic() < deadline
+    states, ended = [], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.5):
+            nodes = [node["Labels"] for node in ray.nodes() if node["Alive"]]
+            state = tuple(sorted(labels.get("stage", "head") for labels in nodes))
+            if state not in states[-1:]:
+                states.append(state)
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    yield states
+    ended.set()
+    watching.join()
+    ray.shutdown()
+
+
+def test_nodes_come_for_a_stage_and_go_after_it(address, seen, guesser, free_port, tmp_path):
+    recipe = write_recipe(tmp_path / "home", guesser, free_port())
+    options = [
+        f"cluster.address={address}",
+        "cluster.accelerator=cpu",
+        "cluster.training_nodes=stage=training",
+        "cluster.sampling_nodes=stage=sampling",
+        "engines.between_epochs=release",
+        "training.steps_per_epoch=2500",
+        "evaluation.through=engines",
+    ]
+    ended = go(recipe, options)
+    print(ended.screen, *seen, sep="\n")
+    assert ended.code == 0, ended.screen
+    deadline = time.monotonic() + 10 * IDLE_S
+    while seen[-1] != ("head",):
+        assert time.monotonic() < deadline, seen
+        time.sleep(0.5)
+    print(*seen, sep="\n")
+    assert seen[0] == ("head",)
+    alone = seen.index(("head", "training"))
+    assert ("head", "sampling") in seen[:alone], "first the engines' node"
+    both = ("head", "sampling", "training")
+    assert both in seen[alone:], "it came back for the student after epoch 1"
