@@ -320,8 +320,15 @@ def kill_replica(name: str) -> float:
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("tries_again", [0, ChatEndpoint.tries_again])
-@pytest.mark.parametrize("replica", ["ServeReplica:.*LLMServer", "ServeReplica:.*Ingress"])
+@pytest.mark.parametrize(
+    ("replica", "tries_again"),
+    [
+        ("LLMServer", ChatEndpoint.tries_again),
+        pytest.param("LLMServer", 0, marks=pytest.mark.long),
+        pytest.param("Ingress", ChatEndpoint.tries_again, marks=pytest.mark.long),
+        pytest.param("Ingress", 0, marks=pytest.mark.long),
+    ],
+)
 def test_a_replica_that_dies_under_load_takes_no_more_than_what_it_had(
     endpoint, client, replica, tries_again
 ):
@@ -330,7 +337,7 @@ def test_a_replica_that_dies_under_load_takes_no_more_than_what_it_had(
 
     def kill() -> None:
         time.sleep(3)
-        killed[0] = kill_replica(replica)
+        killed[0] = kill_replica(f"ServeReplica:.*{replica}")
 
     thread = threading.Thread(target=kill)
     thread.start()
