@@ -20,7 +20,12 @@ from cluster.storage import is_published, location
 from pipeline.store import SampleStore
 from tests.integration.runs import write_problems
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.fault,
+    pytest.mark.long,
+    pytest.mark.timeout(900),
+]
 
 PROJECT = Path(__file__).parents[2]
 PROMPTS = {"train": 12, "validation": 4, "test": 4}

@@ -254,10 +254,8 @@ def test_a_warm_engine_takes_new_weights(config, tiny_llama, tmp_path, prompts, 
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize(
-    "killed",
-    ["EngineCore", pytest.param("ServeReplica:potstill-sampler", marks=pytest.mark.long)],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("killed", ["EngineCore", "ServeReplica:potstill-sampler"])
 @pytest.mark.usefixtures("session")
 def test_an_engine_that_dies_in_the_midst_of_a_batch_loses_nothing(
     killed, config, tiny_llama, prompts, tmp_path
