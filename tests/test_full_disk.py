@@ -10,9 +10,10 @@ LIMITED = """
 import resource, sys
 from pathlib import Path
 import pyarrow as pa
+from cluster.publishing import publishing
 from cluster.errors import RunError
 from cluster.run_folder import RunFolder
-from cluster.storage import location, publishing, write_json, write_table
+from cluster.storage import location, write_json, write_table
 from pipeline.rows import Sample
 from pipeline.store import SampleStore
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from cluster import storage
 from cluster.config import parse_config
+from cluster.publishing import read_published
 from cluster.run_folder import RunFolder
 from cluster.storage import location
 from pipeline.resampler import MixedPolicyResampler, student_name
@@ -48,7 +48,7 @@ def fill(resampler, name, right):
 
 def pairs_of(resampler, epoch) -> list[Pair]:
     resampler.prepare_epoch(epoch)
-    return from_table(Pair, storage.read_table(resampler._run.pairs(epoch)))
+    return from_table(Pair, read_published(resampler._run.pairs(epoch)))
 
 
 @pytest.mark.parametrize("resampler", [{"phi": 0}], indirect=True)

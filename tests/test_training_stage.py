@@ -18,6 +18,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 from cluster import storage
 from cluster.config import parse_config
 from cluster.errors import RunError
+from cluster.publishing import publish_folder, staging_folder
 from cluster.run_folder import RunFolder
 from training import stage, worker
 from training.optimizer_state import discard_states, newest_state
@@ -31,9 +32,9 @@ def run(tmp_path):
 
 def publish(*targets):
     for target in targets:
-        staging = storage.staging_folder(target)
+        staging = staging_folder(target)
         (staging / "file").write_text("x")
-        storage.publish_folder(staging, target)
+        publish_folder(staging, target)
 
 
 def test_training_goes_on_from_the_newest_whole_state(run, capsys):

@@ -15,8 +15,9 @@ from moto.server import DomainDispatcherApplication, create_backend_app
 from s3fs import S3FileSystem
 from werkzeug.serving import make_server
 
+from cluster.publishing import is_published
 from cluster.run_folder import RunFolder
-from cluster.storage import is_published, location
+from cluster.storage import location
 from pipeline.store import SampleStore
 from tests.integration.runs import write_problems
 
