@@ -39,7 +39,14 @@ class Ledger:
     def _end(self) -> int:
         """The first number that is free: all below one that is taken are, so few are looked at."""
         start, reach = 0, 1
-        while self._entry(start + reach - 1).exists():
+        while self._is_taken(start + reach - 1):
             start, reach = start + reach, 2 * reach
         numbers = range(start, start + reach - 1)
-        return start + bisect_left(numbers, True, key=lambda n: not self._entry(n).exists())
+        return start + bisect_left(numbers, True, key=lambda n: not self._is_taken(n))
+
+    def _is_taken(self, number: int) -> bool:
+        try:
+            self.folder.fs.cat_file(self._entry(number).path)  # exists() would go on to list
+        except FileNotFoundError:
+            return False
+        return True

@@ -11,6 +11,7 @@ which a ledger keeps what many write at once, are not known to every storage.
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any, ClassVar, Generic, TypeVar
 
 import pyarrow as pa
@@ -110,7 +111,7 @@ def _names(folder: UPath) -> list[str]:
 
 def _listed(folder: UPath) -> list[str]:
     try:
-        return [path.name for path in folder.iterdir()]
+        return [PurePosixPath(path).name for path in folder.fs.ls(folder.path, detail=False)]
     except FileNotFoundError:
         return []
 

@@ -1,24 +1,18 @@
 """A whole run whose folder and store lie in a bucket, on storage that fails every now and then."""
 
-import itertools
 import os
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
-import boto3
 import pytest
 import yaml
-from moto.server import DomainDispatcherApplication, create_backend_app
-from s3fs import S3FileSystem
-from werkzeug.serving import make_server
 
 from cluster.publishing import is_published
 from cluster.run_folder import RunFolder
 from cluster.storage import location
 from pipeline.store import SampleStore
+from tests.buckets import FlakyStorage, serving
 from tests.integration.runs import write_problems
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
@@ -28,41 +22,11 @@ PROMPTS = {"train": 12, "validation": 4, "test": 4}
 SAMPLES = 4
 
 
-class FlakyStorage:
-    """S3 that refuses every ninth request, and lets every thirtieth wait."""
-
-    def __init__(self) -> None:
-        self._storage = DomainDispatcherApplication(create_backend_app)
-        self._count = itertools.count(1)
-        self.refused = self.stalled = 0
-
-    def __call__(self, environ, start_response):
-        number = next(self._count)
-        if number % 9 == 0:
-            self.refused += 1
-            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-            start_response("503 Slow Down", [("content-type", "application/xml")])
-            return [b"<Error><Code>SlowDown</Code><Message>Reduce your rate</Message></Error>"]
-        if number % 30 == 0:
-            self.stalled += 1
-            time.sleep(1)
-        return self._storage(environ, start_response)
-
-
 @pytest.fixture
 def storage(monkeypatch):
-    """Storage with an empty bucket, at the address that all processes of a run find."""
-    S3FileSystem.clear_instance_cache()
     flaky = FlakyStorage()
-    server = make_server("127.0.0.1", 0, flaky, threaded=True)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    boto3.client("s3").create_bucket(Bucket="bucket")
-    yield flaky
-    server.shutdown()
+    with serving(flaky, monkeypatch):
+        yield flaky
 
 
 @pytest.fixture
