@@ -79,10 +79,11 @@ class LateStorage:
         if environ["REQUEST_METHOD"] == "GET" and "list-type" in asked:
             start_response("200 OK", XML)
             return [_listing(self._seen(), {name: value[0] for name, value in asked.items()})]
-        answer = self._storage(environ, start_response)
-        if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
-            with self._lock:
-                self._past.append((time.monotonic(), objects()))
+        if environ["REQUEST_METHOD"] in ("GET", "HEAD"):
+            return self._storage(environ, start_response)
+        with self._lock:  # moto looks whether an object is there, and only then writes it
+            answer = self._storage(environ, start_response)
+            self._past.append((time.monotonic(), objects()))
         return answer
 
     def freeze(self) -> None:
@@ -102,7 +103,8 @@ class LateStorage:
 def objects() -> dict[str, int]:
     """What is in s3://bucket: sizes by key."""
     buckets = s3_backends["123456789012"]["aws"].buckets
-    return {name: key.size for name, key in buckets["bucket"].keys.items()} if buckets else {}
+    found = buckets["bucket"].keys.lists() if buckets else ()  # a copy: requests go on meanwhile
+    return {name: versions[-1].size for name, versions in found if versions}
 
 
 def _listing(seen: dict[str, int], asked: dict[str, str]) -> bytes:

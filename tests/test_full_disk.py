@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.fault
+
 # A limit on the size of a file in the place of a full disk: the same error, without a disk to fill.
 LIMITED = """
 import resource, sys

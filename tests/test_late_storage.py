@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pyarrow as pa
 import pytest
 
+from cluster.ledger import Ledger
 from cluster.publishing import (
-    MARKER,
     discard_folder,
     fetch_folder,
     is_published,
@@ -14,8 +14,10 @@ from cluster.publishing import (
     read_published,
 )
 from cluster.run_folder import RunFolder
+from cluster.sections import Endpoint
 from cluster.soundness import set_aside_damaged
 from cluster.storage import location, write_json, write_table
+from pipeline.account import Account, PaidBatch
 from pipeline.missing import sample_missing
 from pipeline.rows import Sample, Wanted
 from pipeline.store import SampleStore
@@ -47,6 +49,10 @@ def publish(folder, **texts):
     with publishing(folder) as staging:
         for name, text in texts.items():
             (staging / name).write_text(text)
+
+
+def marks():
+    return [key for key in objects() if key.endswith(".ok")]
 
 
 def test_what_another_process_has_just_written_is_found(late_storage):
@@ -87,14 +93,20 @@ def test_a_run_that_was_killed_draws_only_the_rest(late_storage):
 
 def test_a_file_that_a_killed_process_did_not_finish_never_counts(late_storage):
     store().write([sample("a")])
-    marker = next(store().root.fs.unstrip_protocol(f"bucket/{key}") for key in marks())
     late_storage.freeze()
-    location(marker).unlink()
+    location(f"s3://bucket/{marks()[0]}").unlink()
     assert store().keys("m") == set()
 
 
-def marks():
-    return [key for key in objects() if key.endswith(".ok")]
+def test_a_file_never_counts_before_it_can_be_found(late_storage, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Ledger, "add", killed)
+    with pytest.raises(KeyboardInterrupt):
+        store().write([sample("a")])
+    late_storage.freeze()  # else it would be drawn again, and be there twice in the end
+    assert store().keys("m") == set()
 
 
 def test_a_file_that_was_set_aside_is_not_missed_for_long(late_storage, capsys):
@@ -160,16 +172,21 @@ def test_what_is_listed_and_gone_is_not_damaged(run, late_storage, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_damaged_folder_counts_no_more_before_it_is_listed(run, late_storage):
-    publish(run.checkpoint(1), weights="w")
-    (run.checkpoint(1) / "weights").write_text("x")
-    (run.root / "checkpoints" / "epoch_002" / MARKER).write_text("{}")
-    late_storage.freeze()
-    publish(run.checkpoint(2), weights="w")
-    (run.checkpoint(2) / "weights").write_text("x")
-    set_aside_damaged(run)
-    assert not is_published(run.checkpoint(1))
-    assert not is_published(run.checkpoint(2))
+def test_a_damaged_state_counts_no_more_before_it_is_listed(run):
+    save(run, 3)
+    save(run, 6)
+    (run.trainer_state(6) / "moments").write_text("damaged")
+    assert newest_state(run, limit=9) == 3
+    assert run.saved_steps() == [3]
+
+
+def test_what_a_teacher_has_just_been_paid_counts(late_storage):
+    section = Endpoint(url="https://a.example/v1")
+    account = Account(store(), "m", "s3://bucket/run", "teacher", section)
+    batch = PaidBatch(account)
+    batch.add(sample("a"), prompt_tokens=20)
+    batch.write()
+    assert account.tokens() == (20, 3)
 
 
 def test_files_of_a_killed_try_do_not_enter_a_folder_that_is_published_later(run):

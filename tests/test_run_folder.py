@@ -10,6 +10,8 @@ from cluster.errors import BadInputError
 from cluster.publishing import staging_folder
 from cluster.run_folder import check_recipe, open_run
 
+pytestmark = pytest.mark.fault
+
 
 def config(folder, **changes):
     raw = {

@@ -125,6 +125,7 @@ def published(request, tmp_path):
     return run
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("damage", ["changed", "gone"])
 def test_a_damaged_trainer_state_is_not_taken(damage, published):
     file = published.trainer_state(1) / "sub" / "moments"
@@ -132,6 +133,7 @@ def test_a_damaged_trainer_state_is_not_taken(damage, published):
     assert newest_state(published, limit=9) == 0
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("published", ["bucket"], indirect=True)
 def test_a_copy_that_was_damaged_is_brought_again(published, tmp_path):
     state = published.trainer_state(1)

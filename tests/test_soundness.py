@@ -8,6 +8,8 @@ from cluster.run_folder import RunFolder
 from cluster.soundness import set_aside_damaged
 from cluster.storage import location, write_json, write_table
 
+pytestmark = pytest.mark.fault
+
 FILES = {
     "checkpoint": "checkpoints/epoch_001/model.safetensors",
     "marker": "checkpoints/epoch_002/PUBLISHED.json",
