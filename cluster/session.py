@@ -11,6 +11,7 @@ from typing import Any
 
 from cluster import storage
 from cluster.config import RunConfig
+from cluster.digests import digest_text
 from cluster.endpoint_key import refuse_open_endpoint
 from cluster.errors import BadInputError, RunError
 from cluster.progress import say
@@ -154,7 +155,7 @@ def start_serve(config: RunConfig) -> None:
 def app_name(config: RunConfig, part: str) -> str:
     """Ray Serve's name for a part of this run, which no other run on the cluster has."""
     folder = str(storage.location(config.run.folder))
-    return f"potstill-{part}-{storage.digest_text(folder)[:12]}"
+    return f"potstill-{part}-{digest_text(folder)[:12]}"
 
 
 def pool_name(config: RunConfig) -> str:
@@ -162,7 +163,7 @@ def pool_name(config: RunConfig) -> str:
     shared = config.engines.pool
     if shared is None:
         return app_name(config, "sampler")
-    return f"potstill-sampler-{storage.digest_text(shared)[:12]}"
+    return f"potstill-sampler-{digest_text(shared)[:12]}"
 
 
 def logical_cpus(config: RunConfig) -> int:

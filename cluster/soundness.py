@@ -9,17 +9,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from upath import UPath
 
+from cluster.publishing import MARKER, is_whole, set_aside, set_aside_folder
 from cluster.run_folder import RunFolder
-from cluster.storage import MARKER, is_whole, read_json, set_aside
+from cluster.storage import read_json
 
 
 def set_aside_damaged(run: RunFolder) -> None:
     """Look over all that a run holds but the trainer's states, which are proved when they are read.
 
-    Folders by the digests in their markers, Parquet by the checksums of its pages.
+    Folders by the digests in their markers, Parquet by the checksums of its pages. What is there is
+    asked of a listing; what a late one does not show yet is moments old.
     """
     for marker in _sorted(run.root, f"checkpoints/*/{MARKER}"):
-        _check(marker.parent, is_whole(marker.parent))
+        if not is_whole(marker.parent):
+            set_aside_folder(marker.parent)
     for path in _sorted(run.root, "completions/*.parquet"):
         _check(path, _is_table(path))
     for marker in _sorted(run.root, f"pairs/*/{MARKER}"):
@@ -27,14 +30,15 @@ def set_aside_damaged(run: RunFolder) -> None:
         # Scores are made with the pairs, and only with them.
         sound = not scores.exists() or _check(scores, _is_table(scores))
         if not is_whole(marker.parent) or not sound:
-            set_aside(marker.parent)
+            set_aside_folder(marker.parent)
     for result in _sorted(run.root, "evals/*.json"):
         answers = result.with_suffix(".parquet")
         _check(result, _is_json(result) and (not answers.exists() or _is_table(answers)))
 
 
 def _sorted(root: UPath, pattern: str) -> Iterator[UPath]:
-    return iter(sorted(root.glob(pattern), key=str))
+    """What is there, whatever a late listing still shows."""
+    return (path for path in sorted(root.glob(pattern), key=str) if path.exists())
 
 
 def _check(path: UPath, sound: bool) -> bool:

@@ -1,19 +1,12 @@
-"""Files and folders by path or URL: publishing them whole, proving them whole, bringing them near.
+"""Files by path or URL: where they lie, and how they are read and written whole."""
 
-Object stores have no rename, so a folder counts only once its marker, written last, is there. The
-marker lists each file's digest.
-"""
-
-import hashlib
 import io
 import json
 import os
-import shutil
-import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -22,11 +15,6 @@ from upath import UPath
 
 from cluster.credentials import refuse_credentials
 from cluster.errors import BadInputError, RunError
-from cluster.progress import say
-
-MARKER = "PUBLISHED.json"
-_CHUNK = 1 << 22
-_STAGING = ".staging-"
 
 
 def location(text: str) -> UPath:
@@ -112,156 +100,6 @@ def is_local(path: UPath) -> bool:
     return path.protocol in ("", "file", "local")
 
 
-def digest_file(path: Path | UPath) -> str:
-    """BLAKE2b-128 of a file's bytes, in hex."""
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def digest_text(*parts: str) -> str:
-    """BLAKE2b-128 of strings, each with its length, so that no two lists of parts collide."""
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        encoded = part.encode()
-        digest.update(len(encoded).to_bytes(8, "little") + encoded)
-    return digest.hexdigest()
-
-
-@contextmanager
-def publishing(target: UPath) -> Iterator[Path]:
-    """A new empty folder to write files in; the end of the block publishes it at `target`."""
-    with writing(target):
-        staging = staging_folder(target)
-        try:
-            yield staging
-            publish_folder(staging, target)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-
-
-def publish_folder(source: Path, target: UPath) -> None:
-    """Move what is below `source` to `target`, then write the marker that makes it count.
-
-    Afterwards `target` holds these files and no others, and `source` is gone.
-    """
-    discard_folder(target)  # of a try that was killed before its marker
-    digests = {}
-    for file in sorted(path for path in source.rglob("*") if path.is_file()):
-        name = file.relative_to(source).as_posix()
-        destination = target / name
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        if is_local(target):
-            shutil.move(file, str(destination))
-        else:
-            with file.open("rb") as reader, destination.open("wb") as writer:
-                shutil.copyfileobj(reader, writer, _CHUNK)
-        digests[name] = digest_file(destination)
-    write_json(target / MARKER, {"files": digests})
-    shutil.rmtree(source)
-
-
-def discard_staging(parent: UPath) -> None:
-    """Remove the staging folders that a killed process left for targets in `parent`."""
-    if is_local(parent):
-        for leftover in Path(parent.path).glob(f"{_STAGING}*"):
-            shutil.rmtree(leftover)
-
-
-def is_published(folder: UPath) -> bool:
-    """Whether `folder` was published whole."""
-    return (folder / MARKER).exists()
-
-
-def is_whole(folder: UPath) -> bool:
-    """Whether a published folder still holds the bytes that it was published with."""
-    try:
-        return _holds(folder, _digests(folder, read_json(folder / MARKER)))
-    except (FileNotFoundError, ValueError, KeyError):
-        return False
-
-
-def _holds(folder: Path | UPath, digests: Mapping[str, str]) -> bool:
-    try:
-        return all(digest_file(folder / name) == digest for name, digest in digests.items())
-    except FileNotFoundError:
-        return False
-
-
-def set_aside(path: UPath) -> None:
-    """Rename a damaged file or folder, so that it is made again and can still be looked at."""
-    say(f"{path} is damaged: set aside, what it held is made again")
-    if path.is_dir():
-        (path / MARKER).unlink(missing_ok=True)
-    name = f"{path.name}.damaged-{uuid.uuid4().hex[:8]}"
-    path.fs.mv(path.path, path.with_name(name).path, recursive=True)
-
-
-def staging_folder(target: UPath) -> Path:
-    """A new empty folder to write files in, on `target`'s disk where that is local."""
-    if is_local(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=_STAGING, dir=str(target.parent)))
-    return Path(tempfile.mkdtemp(prefix="potstill-"))
-
-
-def discard_folder(folder: UPath) -> None:
-    """Remove a folder and all below it, the marker first, so that it never counts half."""
-    if not folder.exists():
-        return
-    (folder / MARKER).unlink(missing_ok=True)
-    folder.fs.rm(folder.path, recursive=True)
-
-
-def fetch_folder(source: UPath, cache: Path) -> Path:
-    """A local path of a published folder: itself if it is local, else a verified copy in `cache`.
-
-    Raises RunError where a downloaded file does not have the digest that its marker gives.
-    """
-    if is_local(source):
-        return Path(source.path)
-    marker = json.loads((source / MARKER).read_text())
-    target = cache / digest_text(str(source), json.dumps(marker, sort_keys=True))
-    digests = _digests(source, marker)
-    if target.exists():
-        if _holds(target, digests):
-            return target
-        shutil.rmtree(target)
-    partial = cache / f"{target.name}.{uuid.uuid4().hex}"
-    for name, digest in digests.items():
-        file = partial / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with (source / name).open("rb") as reader, file.open("wb") as writer:
-            shutil.copyfileobj(reader, writer, _CHUNK)
-        if digest_file(file) != digest:
-            raise RunError(
-                f"{source / name} is damaged: its digest is not the one it was saved with"
-            )
-    return settle(partial, target)
-
-
-def _digests(source: UPath, marker: dict[str, Any]) -> dict[str, str]:
-    """The files that a marker names, with their digests; none of them outside of the folder."""
-    for name in marker["files"]:
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts:
-            raise RunError(f"{source / MARKER} names {name!r}, which is no file of that folder")
-    return marker["files"]
-
-
-def settle(partial: Path, target: Path) -> Path:
-    """Rename a finished folder to `target`; where another process was first, theirs stays."""
-    try:
-        partial.rename(target)
-    except OSError:
-        if not target.exists():
-            raise
-        shutil.rmtree(partial)
-    return target
-
-
 def write_json(path: UPath, value: object) -> None:
     """Write a JSON file; on a local disk it appears whole or not at all."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
@@ -285,6 +123,24 @@ def write_bytes(path: UPath, content: bytes) -> None:
             partial.rename(path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def create_text(path: UPath, text: str) -> bool:
+    """Write a text file where there is none, else return False; of many at once, one writes.
+
+    A kill or a full disk may leave it cut short where that is a local one.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if is_local(path):
+                with path.open("xb") as stream:
+                    stream.write(text.encode())
+            else:
+                path.fs.pipe_file(path.path, text.encode(), mode="create")
+        except FileExistsError:
+            return False
+        return True
 
 
 def read_json(path: UPath) -> Any:

@@ -1,6 +1,6 @@
 """Where the negatives of each epoch came from, read from the written pairs: phi as it was."""
 
-from cluster import storage
+from cluster.publishing import is_published, read_published
 from cluster.run_folder import RunFolder
 from pipeline.pairs import PairCounts, count_pairs
 from pipeline.rows import Pair, from_table
@@ -9,9 +9,9 @@ from pipeline.rows import Pair, from_table
 def read_pairs(run: RunFolder, epoch: int) -> list[Pair]:
     """The published pairs of an epoch; none where there are none yet."""
     folder = run.pairs(epoch)
-    if not storage.is_published(folder):
+    if not is_published(folder):
         return []
-    return from_table(Pair, storage.read_table(folder))
+    return from_table(Pair, read_published(folder))
 
 
 def audit_run(run: RunFolder, epochs: int) -> dict[int, PairCounts]:

@@ -100,6 +100,6 @@ def _sample_answers(run: RunFolder, results: list[Result]) -> list[dict[str, Any
     for result in shown:
         file = answers_file(run.evaluation(evaluation_name(result.model_id, "test")))
         if file.exists():
-            rows = storage.read_table(file).sort_by("prompt_id").slice(0, _SAMPLES).to_pylist()
+            rows = storage.read_parquet(file).sort_by("prompt_id").slice(0, _SAMPLES).to_pylist()
             samples += [{"model": result.label, **row} for row in rows]
     return sorted(samples, key=lambda sample: sample["prompt_id"])

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import inf
 
 from cluster import storage
+from cluster.digests import digest_text
 from cluster.sections import Endpoint
 from pipeline.rows import Sample
 from pipeline.spending import Budget
@@ -26,7 +27,7 @@ class Account:
     @property
     def payer(self) -> dict[str, str]:
         """What the notes of this account have in common."""
-        run = storage.digest_text(str(storage.location(self.run_folder)))
+        run = digest_text(str(storage.location(self.run_folder)))
         return {"run": run, "teacher": self.teacher}
 
     def tokens(self) -> tuple[int, int]:

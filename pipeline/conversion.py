@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.digests import digest_text
 from cluster.errors import BadInputError
 from cluster.progress import say
-from cluster.storage import digest_text
 from pipeline import hub
 from pipeline.packaged import PACKAGED_MODELS
 from pipeline.prepared import prepare_folder

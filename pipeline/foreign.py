@@ -7,10 +7,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from cluster.config import RunConfig
+from cluster.digests import digest_text
 from cluster.errors import RunError
 from cluster.progress import progress
 from cluster.sections import Endpoint, Teacher
-from cluster.storage import digest_text
 from cluster.teachers import option_of
 from pipeline.account import Account, PaidBatch
 from pipeline.chat import conversation

@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+from cluster.digests import digest_text
 from cluster.errors import RunError
 from cluster.progress import say
-from cluster.storage import digest_text
 from pipeline.rows import Sample, Wanted
 from pipeline.store import SampleStore
 

@@ -9,8 +9,10 @@ from typing import Any, NoReturn
 from upath import UPath
 
 from cluster import storage
+from cluster.digests import digest_file, digest_text
 from cluster.errors import BadInputError, RunError
 from cluster.progress import say
+from cluster.publishing import fetch_folder, is_published, settle
 from pipeline import hub
 from pipeline.conversion import HUB_ID, check_loadable, prepare_command
 from pipeline.packaged import PACKAGED_MODELS, prepare_model
@@ -130,8 +132,8 @@ def _download(url: str, cache: Path) -> Path:
         source = storage.location(url)
         if storage.is_local(source):
             return Path(source.path)
-        if storage.is_published(source):
-            return storage.fetch_folder(source, cache)
+        if is_published(source):
+            return fetch_folder(source, cache)
         return _copy(source, cache)
     except (OSError, ValueError, ImportError, BotoCoreError, ClientError) as error:
         raise BadInputError(
@@ -145,7 +147,7 @@ def _copy(source: UPath, cache: Path) -> Path:
     if not files:
         raise FileNotFoundError("no files there")
     states = [f"{file.name} {source.fs.checksum(file.path)}" for file in files]
-    target = cache / storage.digest_text(str(source), *states)
+    target = cache / digest_text(str(source), *states)
     if target.exists():
         return target
     say(f"Copying {source} to {target}, once")
@@ -154,7 +156,7 @@ def _copy(source: UPath, cache: Path) -> Path:
     for file in files:
         with file.open("rb") as reader, (partial / file.name).open("wb") as writer:
             shutil.copyfileobj(reader, writer, 1 << 22)
-    return storage.settle(partial, target)
+    return settle(partial, target)
 
 
 def model_digest(folder: Path) -> str:
@@ -164,7 +166,7 @@ def model_digest(folder: Path) -> str:
     and its time of change, remembered in the cache and never in the folder.
     """
     folder = folder.resolve()
-    known_file = storage.cache_folder() / "digests" / f"{storage.digest_text(str(folder))}.json"
+    known_file = storage.cache_folder() / "digests" / f"{digest_text(str(folder))}.json"
     place = storage.location(str(known_file))
     known = storage.read_json(place) if known_file.exists() else {}
     found: dict[str, dict[str, Any]] = {}
@@ -172,8 +174,8 @@ def model_digest(folder: Path) -> str:
         state = (folder / name).stat()
         old = known.get(name, {})
         same = (old.get("size"), old.get("mtime_ns")) == (state.st_size, state.st_mtime_ns)
-        digest = old["digest"] if same else storage.digest_file(folder / name)
+        digest = old["digest"] if same else digest_file(folder / name)
         found[name] = {"size": state.st_size, "mtime_ns": state.st_mtime_ns, "digest": digest}
     if found != known:
         storage.write_json(place, found)
-    return storage.digest_text(*(part for name in found for part in (name, found[name]["digest"])))
+    return digest_text(*(part for name in found for part in (name, found[name]["digest"])))

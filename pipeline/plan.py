@@ -15,6 +15,7 @@ from cluster.config import RunConfig
 from cluster.endpoint_key import refuse_open_endpoint
 from cluster.errors import BadInputError
 from cluster.lock import refuse_held
+from cluster.publishing import is_published
 from cluster.run_folder import check_recipe
 from cluster.sections import Model
 from cluster.session import (
@@ -23,7 +24,7 @@ from cluster.session import (
     refuse_too_few_cpus,
     starts_own_cluster,
 )
-from cluster.storage import is_published, location
+from cluster.storage import location
 from pipeline.chat import Chat, check_same_tokenizer
 from pipeline.foreign_plan import plan_foreign
 from pipeline.pairs import draws_from_latest

@@ -9,11 +9,11 @@ from dataclasses import asdict
 from typing import Any
 
 from cluster.config import RunConfig
+from cluster.digests import digest_text
 from cluster.errors import RunError
 from cluster.placement import label_selector
 from cluster.progress import say
 from cluster.session import pool_name, start_serve
-from cluster.storage import digest_text
 from cluster.waiting import waiting
 from pipeline.engine import SamplingEngine, Weights
 

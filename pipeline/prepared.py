@@ -10,6 +10,7 @@ from filelock import FileLock
 from cluster import storage
 from cluster.errors import BadInputError
 from cluster.progress import say
+from cluster.publishing import is_published, publishing
 
 _NOTE = "README.md"  # says what the folder was made from; another note means: make it anew
 
@@ -22,7 +23,7 @@ def prepared_folder(name: str, cache: Path | None = None) -> Path:
 
 def is_prepared(name: str, cache: Path | None = None) -> bool:
     """Whether the model of this name, or Hugging Face id, lies whole in the cache."""
-    return storage.is_published(storage.location(str(prepared_folder(name, cache))))
+    return is_published(storage.location(str(prepared_folder(name, cache))))
 
 
 def prepare_folder(
@@ -52,14 +53,14 @@ def prepare_folder(
 
 def _is_ready(folder: Path, note: str) -> bool:
     written = folder / _NOTE
-    published = storage.is_published(storage.location(str(folder)))
+    published = is_published(storage.location(str(folder)))
     return published and written.is_file() and written.read_text() == note
 
 
 def _prepare(target: Path, note: str, make: Callable[[Path, Path], None]) -> None:
     began = time.monotonic()
     place = storage.location(str(target))
-    with TemporaryDirectory(dir=target.parent) as scratch, storage.publishing(place) as made:
+    with TemporaryDirectory(dir=target.parent) as scratch, publishing(place) as made:
         make(made, Path(scratch))
         (made / _NOTE).write_text(note)
         for file in made.iterdir():

@@ -12,10 +12,10 @@ from cluster import storage
 from cluster.config import RunConfig
 from cluster.errors import BadInputError, RunError
 from cluster.progress import attach, say
+from cluster.publishing import is_published, publishing
 from cluster.run_folder import RunFolder
 from cluster.sections import Model
 from cluster.session import uses_gpu
-from cluster.storage import is_published
 from pipeline.anchors import asked_of, fit_pairs
 from pipeline.foreign import ForeignWriter, endpoint_keys, foreign_writer
 from pipeline.grading import (
@@ -189,7 +189,7 @@ class MixedPolicyResampler:
         path, writer = self._run.completions(name), self._writer(name, epoch)
         if not path.exists():
             self._sample(name, epoch, writer)
-        traces = from_table(Trace, storage.read_table(path))
+        traces = from_table(Trace, storage.read_parquet(path))
         planned = planned_keys(writer, self._prompts, self._config, self._first(name))
         if {trace.key for trace in traces} != planned:
             raise BadInputError(
@@ -238,7 +238,7 @@ class MixedPolicyResampler:
         return make_writer(name, reference, section, config, self._prompts[0].kind)
 
     def _publish(self, epoch: int, pairs: list[Pair], counts: dict[str, int]) -> None:
-        with storage.publishing(self._run.pairs(epoch)) as folder:
+        with publishing(self._run.pairs(epoch)) as folder:
             place = storage.location(str(folder))
             storage.write_table(to_table(Pair, pairs), place / "pairs.parquet")
             storage.write_json(place / COUNTS_FILE, counts)

@@ -8,9 +8,9 @@ from typing import Any
 import pyarrow as pa
 
 from cluster.config import RunConfig
+from cluster.digests import digest_file, digest_text
 from cluster.progress import progress
 from cluster.sections import Model
-from cluster.storage import digest_file, digest_text
 from pipeline.chat import Chat, load_chat
 from pipeline.engine import Completion, Decoding, SampleRequest, Weights
 from pipeline.fan_out import ask_patiently, through_engines

@@ -12,9 +12,9 @@ from typing import Any
 import pyarrow as pa
 
 from cluster.config import RunConfig
+from cluster.digests import digest_text
 from cluster.errors import RunError
 from cluster.progress import progress, say
-from cluster.storage import digest_text
 from pipeline.engine import ScoreAnswer, ScoreRequest, Weights
 from pipeline.fan_out import ask_patiently, through_engines, through_models
 from pipeline.models import resolve_exact

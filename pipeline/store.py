@@ -1,21 +1,29 @@
 """The store of samples and scores: content-addressed, shared by all runs, nothing made twice.
 
-A file counts once its marker, written after it, is there and names its digest. A file that does
-not match its marker is set aside, and its rows are simply missing again.
+A file counts once its marker, written last, is there and names its digest. A file that does not
+match its marker is set aside, and its rows are simply missing again.
+
+Which files there are is told by a ledger, where each is entered before its marker is written, so
+that a bucket that lists late hides none. A listing is asked beside it, since conditional writes, by
+which a ledger keeps what many write at once, are not known to every storage.
 """
 
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any, ClassVar, Generic, TypeVar
 
 import pyarrow as pa
 from upath import UPath
 
-from cluster.storage import digest_file, read_parquet, set_aside, write_table, write_text
+from cluster.digests import digest_file
+from cluster.ledger import Ledger
+from cluster.publishing import set_aside
+from cluster.storage import read_parquet, write_table, write_text
 from pipeline.rows import SCHEMAS, Sample, Score, from_table, to_table
 
-_MARKER = ".ok"
+_MARKER, _LEDGER = ".ok", "ledger"
 
 Stored = TypeVar("Stored", Sample, Score)
 
@@ -36,6 +44,7 @@ class _Store(Generic[Stored]):
         folder = self._folder(table["model"][0].as_py())
         path = folder / f"{uuid.uuid4().hex}.parquet"
         write_table(table, path)
+        _ledger(folder).add(path.name)
         write_text(_marker(path), digest_file(path))
 
     def keys(self, model: str) -> set[str]:
@@ -49,13 +58,16 @@ class _Store(Generic[Stored]):
             yield {name.decode(): value.decode() for name, value in found.items()}
 
     def read(self, model: str, keys: set[str]) -> dict[str, Stored]:
-        """The rows of `model` with these keys; missing ones are left out."""
+        """The rows of `model` with these keys; missing ones are left out.
+
+        Of two rows with one key, which two runs may draw at once, always the same one.
+        """
         wanted = pa.array(sorted(keys), pa.string())
         found: dict[str, Stored] = {}
         for table in self._tables(model, None):
             chosen = table.filter(pa.compute.is_in(table["key"], value_set=wanted))
             rows: list[Any] = from_table(self.row_type, chosen)
-            found.update({row.key: row for row in rows})
+            found = {row.key: row for row in rows} | found
         return found
 
     def _folder(self, model: str) -> UPath:
@@ -63,16 +75,16 @@ class _Store(Generic[Stored]):
 
     def _tables(self, model: str, columns: list[str] | None) -> Iterable[pa.Table]:
         folder = self._folder(model)
-        if not folder.exists():
-            return
-        names = {path.name for path in folder.iterdir()}
-        for name in sorted(names):
-            if name.endswith(".parquet") and name + _MARKER in names:
-                if (folder / name).stat().st_size and _is_whole(folder / name):
-                    yield self._read(folder / name, columns)
-                else:
-                    _marker(folder / name).unlink()
-                    set_aside(folder / name)
+        for name in _names(folder):
+            try:
+                whole = _is_whole(folder / name)
+            except FileNotFoundError:  # not finished or set aside, whatever a listing says
+                continue
+            if whole:
+                yield self._read(folder / name, columns)
+            else:
+                _marker(folder / name).unlink(missing_ok=True)
+                set_aside(folder / name)
 
     def _read(self, path: UPath, columns: list[str] | None) -> pa.Table:
         table = read_parquet(path, columns)
@@ -89,6 +101,23 @@ class ScoreStore(_Store[Score]):
     """How likely models find given responses."""
 
     row_type, name = Score, "scores"
+
+
+def _names(folder: UPath) -> list[str]:
+    """Names of the files that may be there, in an order that files to come do not change."""
+    names = [*_ledger(folder).read(), *sorted(_listed(folder))]
+    return [name for name in dict.fromkeys(names) if name.endswith(".parquet")]
+
+
+def _listed(folder: UPath) -> list[str]:
+    try:
+        return [PurePosixPath(path).name for path in folder.fs.ls(folder.path, detail=False)]
+    except FileNotFoundError:
+        return []
+
+
+def _ledger(folder: UPath) -> Ledger:
+    return Ledger(folder / _LEDGER)
 
 
 def _is_whole(path: UPath) -> bool:

@@ -3,8 +3,8 @@
 import json
 from dataclasses import dataclass, replace
 
-from cluster import storage
 from cluster.config import RunConfig
+from cluster.publishing import is_published
 from cluster.run_folder import RunFolder
 from cluster.sections import Model
 from pipeline.chat import load_chat
@@ -80,7 +80,7 @@ def routes_of(models: list[ServedModel]) -> dict[str, Route]:
 def published_epochs(run: RunFolder, config: RunConfig) -> list[int]:
     """Epochs whose checkpoint is in the run folder."""
     epochs = range(1, config.training.epochs + 1)
-    return [epoch for epoch in epochs if storage.is_published(run.checkpoint(epoch))]
+    return [epoch for epoch in epochs if is_published(run.checkpoint(epoch))]
 
 
 def best_epoch(run: RunFolder, epochs: list[int]) -> int | None:

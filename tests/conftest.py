@@ -54,21 +54,20 @@ def free_port() -> Callable[[], int]:
 @pytest.fixture
 def bucket(monkeypatch):
     """The URL of an empty bucket on an S3 server of this machine."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-    from s3fs import S3FileSystem
+    from tests.buckets import serving, storage
 
-    S3FileSystem.clear_instance_cache()  # which would go to the server of another test
-    server = ThreadedMotoServer(port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    boto3.client("s3").create_bucket(Bucket="bucket")
-    yield "s3://bucket"
-    server.stop()
+    with serving(storage(), monkeypatch) as url:
+        yield url
+
+
+@pytest.fixture
+def late_storage(monkeypatch):
+    """The server of an empty s3://bucket whose listings show nothing until they are frozen anew."""
+    from tests.buckets import LateStorage, serving
+
+    late = LateStorage()
+    with serving(late, monkeypatch):
+        yield late
 
 
 class ChatServer:

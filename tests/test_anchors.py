@@ -4,6 +4,7 @@ import pytest
 
 from cluster import storage
 from cluster.config import parse_config
+from cluster.publishing import publish_folder, staging_folder
 from cluster.run_folder import RunFolder
 from pipeline.anchors import asked_of, fit, fit_pairs, unrelated_answers
 from pipeline.chat import load_chat
@@ -101,9 +102,9 @@ def test_only_who_counts_is_asked(config, texts, chat):
 @pytest.mark.parametrize("config", [{"method": "dadpo"}, {"method": "kto"}], indirect=True)
 def test_scores_come_back_by_text_and_not_by_position(config, chat):
     run = RunFolder(storage.location(config.run.folder))
-    staging = storage.staging_folder(run.pairs(1))
+    staging = staging_folder(run.pairs(1))
     storage.write_table(to_table(Pair, PAIRS), storage.location(str(staging / "pairs.parquet")))
-    storage.publish_folder(staging, run.pairs(1))
+    publish_folder(staging, run.pairs(1))
     said: dict[tuple[str, str, str], float] = {}
     anchors = []
     for reader in config.scored_by:

@@ -60,6 +60,7 @@ def test_without_a_count_of_tokens_the_most_possible_counts(chat_server):
     assert reply.tokens == 7
 
 
+@pytest.mark.fault
 def test_a_refused_request_is_sent_again_as_late_as_the_endpoint_asks(chat_server):
     def reply(_):
         limited = len(server.bodies) == 1
@@ -71,6 +72,7 @@ def test_a_refused_request_is_sent_again_as_late_as_the_endpoint_asks(chat_serve
     assert second - first >= 1  # of its own accord the client waits half a second
 
 
+@pytest.mark.fault
 def test_a_request_that_fails_in_the_end_is_a_reply_with_its_error(chat_server):
     server = chat_server(lambda body: (400, "too rude", {}) if body["seed"] == 2 else "well")
     replies = ask(server)
@@ -119,6 +121,7 @@ def test_concurrency_is_used_and_kept(chat_server):
     assert server.most_under_way == 3
 
 
+@pytest.mark.fault
 def test_the_pace_holds_for_requests_that_are_sent_again_too(chat_server):
     def reply(body):
         again = [other["seed"] for other in server.bodies].count(body["seed"]) > 1
@@ -132,6 +135,7 @@ def test_the_pace_holds_for_requests_that_are_sent_again_too(chat_server):
     assert time.monotonic() - started >= 7 * 0.1 * 0.99  # the first goes at once
 
 
+@pytest.mark.fault
 def test_no_request_is_sent_that_might_pass_the_limit(chat_server):
     # At 1 a token a request is at most 16 + 6 + 7 = 29, and comes to 25.
     budget = Budget(1e6, 1e6, limit=100)

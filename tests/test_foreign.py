@@ -161,6 +161,7 @@ def test_a_bad_request_is_a_row_with_its_error_and_is_tried_again(chat_server, c
     assert len(server.bodies) == 13
 
 
+@pytest.mark.fault
 def test_too_many_errors_end_it_before_all_is_asked(chat_server, config_for):
     server = chat_server(lambda body: "well" if len(server.bodies) < 3 else (400, "broken", {}))
     config = config_for(server, {"concurrency": 1}, sampling={"max_error_share": 0.1})
@@ -178,6 +179,7 @@ def test_a_refused_key_is_the_users_mistake_and_keeps_what_was_paid(chat_server,
     assert len(store_of(config).keys(writer_of(config).digest)) == 2
 
 
+@pytest.mark.fault
 def test_the_spending_limit_stops_in_time_and_a_higher_one_goes_on(chat_server, config_for):
     server = chat_server(seeded)
     # A request comes to 25. At most it may come to about 370, since its prompt has 300 bytes.
@@ -226,6 +228,7 @@ sample(writer, prompts, config, SampleStore(storage.location(config.run.store)),
 """
 
 
+@pytest.mark.fault
 def test_a_killed_run_asks_again_for_no_more_than_a_batch(chat_server, config_for, tmp_path):
     def reply(body):
         time.sleep(0.02)

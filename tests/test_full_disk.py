@@ -5,14 +5,17 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.fault
+
 # A limit on the size of a file in the place of a full disk: the same error, without a disk to fill.
 LIMITED = """
 import resource, sys
 from pathlib import Path
 import pyarrow as pa
+from cluster.publishing import publishing
 from cluster.errors import RunError
 from cluster.run_folder import RunFolder
-from cluster.storage import location, publishing, write_json, write_table
+from cluster.storage import location, write_json, write_table
 from pipeline.rows import Sample
 from pipeline.store import SampleStore
 

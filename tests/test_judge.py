@@ -140,6 +140,7 @@ def test_nothing_is_asked_twice(judge, store):
     assert len(judge.requests) == len(PROMPTS) + 3
 
 
+@pytest.mark.fault
 def test_what_a_judge_said_before_it_failed_is_kept(judge, store):
     def fails_late(message: str) -> tuple[int, str]:
         return (500, "on fire") if "5 + 1" in message else compares(message)

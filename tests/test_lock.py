@@ -15,6 +15,8 @@ from cluster.errors import BadInputError
 from cluster.lock import locked, refuse_held
 from cluster.storage import location
 
+pytestmark = pytest.mark.fault
+
 HOLD = """
 import sys, time
 from cluster.lock import locked

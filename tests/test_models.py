@@ -8,8 +8,10 @@ import pytest
 from upath import UPath
 
 from cluster import storage
+from cluster.digests import digest_file
 from cluster.errors import BadInputError, RunError
-from pipeline import packaged
+from cluster.publishing import publish_folder
+from pipeline import models, packaged
 from pipeline.models import model_digest, prepare_model, resolve_model
 
 PROJECT = Path(__file__).parents[1]
@@ -103,7 +105,7 @@ def test_a_url_is_copied_once_and_again_when_it_changed(tmp_path, capsys):
 
 def test_a_published_url_is_verified(tmp_path):
     remote = UPath("memory://models/published")
-    storage.publish_folder(write_model(tmp_path / "model"), remote)
+    publish_folder(write_model(tmp_path / "model"), remote)
     assert {f.name: f.read_text() for f in resolve_model(str(remote)).iterdir()} == FILES
     shutil.rmtree(storage.cache_folder())
     (remote / "config.json").write_text("{ }")
@@ -130,8 +132,7 @@ def test_every_file_of_a_model_is_in_its_digest(tmp_path, name):
 def test_a_digest_is_cheap_the_second_time_and_leaves_the_folder_alone(tmp_path, monkeypatch):
     folder = write_model(tmp_path / "model")
     read = []
-    digest_file = storage.digest_file
-    monkeypatch.setattr(storage, "digest_file", lambda f: read.append(f.name) or digest_file(f))
+    monkeypatch.setattr(models, "digest_file", lambda f: read.append(f.name) or digest_file(f))
     first = model_digest(folder)
     assert sorted(read) == sorted(FILES)
     read.clear()

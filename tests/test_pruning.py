@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM as Llama
 
 from cluster import storage
 from cluster.errors import BadInputError
+from cluster.publishing import is_published
 from pipeline.chat import load_chat
 from training import groups, pruning
 from training.calibration import (
@@ -157,7 +158,7 @@ def test_tokenizer_template_and_generation_config_are_carried_over(tiny_of, tmp_
     )
     assert (tmp_path / "out/generation_config.json").read_text() == published
     assert (tmp_path / "out/LICENSE").read_text() == "Free."
-    assert storage.is_published(storage.location(str(tmp_path / "out")))
+    assert is_published(storage.location(str(tmp_path / "out")))
 
 
 def test_the_same_call_gives_the_same_files_and_other_texts_others(tiny_of, pruned, tmp_path):

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from cluster import storage
 from cluster.config import parse_config
+from cluster.publishing import publish_folder, staging_folder
 from cluster.run_folder import RunFolder
 from evals.accuracy import Answer, answers_table, describe
 from evals.report import write_report
@@ -62,20 +63,20 @@ def run(config):
         (2, [replace(PAIR, prompt_id="p2", rejected_epoch=1), PAIR]),
     ):
         publish(run.checkpoint(epoch), {"config.json": "{}"})
-        folder = storage.staging_folder(run.pairs(epoch))
+        folder = staging_folder(run.pairs(epoch))
         table = to_table(Pair, pairs)
         storage.write_table(table, storage.location(str(folder / "pairs.parquet")))
-        storage.publish_folder(folder, run.pairs(epoch))
+        publish_folder(folder, run.pairs(epoch))
     for model, right in (("base", 1), ("student-epoch-1", 3), ("student-epoch-2", 2)):
         write_result(run, model, "test", right)
     return run
 
 
 def publish(target, files):
-    folder = storage.staging_folder(target)
+    folder = staging_folder(target)
     for name, text in files.items():
         (folder / name).write_text(text)
-    storage.publish_folder(folder, target)
+    publish_folder(folder, target)
 
 
 def write_result(run, model, split, right):

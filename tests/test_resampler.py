@@ -2,10 +2,10 @@
 
 import pytest
 
-from cluster import storage
 from cluster.config import parse_config
+from cluster.publishing import read_published
 from cluster.run_folder import RunFolder
-from cluster.storage import location
+from cluster.storage import location, read_parquet
 from pipeline.resampler import MixedPolicyResampler, student_name
 from pipeline.rows import Pair, Sample, from_table
 from pipeline.sampling import plan_requests
@@ -48,7 +48,7 @@ def fill(resampler, name, right, first=0):
 
 def pairs_of(resampler, epoch) -> list[Pair]:
     resampler.prepare_epoch(epoch)
-    return from_table(Pair, storage.read_table(resampler._run.pairs(epoch)))
+    return from_table(Pair, read_published(resampler._run.pairs(epoch)))
 
 
 @pytest.mark.parametrize("resampler", [{"phi": 0}], indirect=True)
@@ -82,7 +82,7 @@ def test_fresh_negatives_of_the_base_student_are_sampled_before_they_are_needed(
         f"student_000 {WRONG % index}" for index in range(4)
     }
     resampler.sample_ahead(2)
-    ahead = storage.read_table(resampler._run.completions("base_002"))
+    ahead = read_parquet(resampler._run.completions("base_002"))
     assert set(ahead["epoch"].to_pylist()) == {0}, "of the base student"
     assert {pair.rejected for pair in pairs_of(resampler, 2)} <= {
         f"base_002 {WRONG % index}" for index in range(4, 8)

@@ -7,8 +7,10 @@ import yaml
 
 from cluster.config import parse_config
 from cluster.errors import BadInputError
+from cluster.publishing import staging_folder
 from cluster.run_folder import check_recipe, open_run
-from cluster.storage import staging_folder
+
+pytestmark = pytest.mark.fault
 
 
 def config(folder, **changes):

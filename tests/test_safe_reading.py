@@ -10,6 +10,7 @@ import pytest
 
 from cluster import storage
 from cluster.errors import BadInputError, RunError
+from cluster.publishing import MARKER, fetch_folder, is_whole, publish_folder
 from cluster.recipes import load_recipe
 from cluster.run_folder import RunFolder
 from evals.single import SingleEvaluation, evaluate_model
@@ -120,10 +121,11 @@ def published(request, tmp_path):
     (source / "sub").mkdir(parents=True)
     (source / "state.json").write_text("{}")
     (source / "sub" / "moments").write_text("0.5")
-    storage.publish_folder(source, run.trainer_state(1))
+    publish_folder(source, run.trainer_state(1))
     return run
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("damage", ["changed", "gone"])
 def test_a_damaged_trainer_state_is_not_taken(damage, published):
     file = published.trainer_state(1) / "sub" / "moments"
@@ -131,20 +133,21 @@ def test_a_damaged_trainer_state_is_not_taken(damage, published):
     assert newest_state(published, limit=9) == 0
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("published", ["bucket"], indirect=True)
 def test_a_copy_that_was_damaged_is_brought_again(published, tmp_path):
     state = published.trainer_state(1)
-    (storage.fetch_folder(state, tmp_path / "cache") / "sub" / "moments").write_text("0.6")
-    copy = storage.fetch_folder(state, tmp_path / "cache")
+    (fetch_folder(state, tmp_path / "cache") / "sub" / "moments").write_text("0.6")
+    copy = fetch_folder(state, tmp_path / "cache")
     assert (copy / "sub" / "moments").read_text() == "0.5"
 
 
 @pytest.mark.parametrize("name", ["../mark", "sub/../../mark", "/tmp/mark"])
 def test_a_marker_leads_nowhere_else(name, published, tmp_path):
     state = published.trainer_state(1)
-    storage.write_json(state / storage.MARKER, {"files": {name: "0"}})
+    storage.write_json(state / MARKER, {"files": {name: "0"}})
     with pytest.raises(RunError, match="no file of that folder"):
-        storage.is_whole(state)
+        is_whole(state)
     if not storage.is_local(state):
         with pytest.raises(RunError, match="no file of that folder"):
-            storage.fetch_folder(state, tmp_path / "cache")
+            fetch_folder(state, tmp_path / "cache")

@@ -3,9 +3,12 @@
 import pyarrow as pa
 import pytest
 
+from cluster.publishing import publishing
 from cluster.run_folder import RunFolder
 from cluster.soundness import set_aside_damaged
-from cluster.storage import location, publishing, write_json, write_table
+from cluster.storage import location, write_json, write_table
+
+pytestmark = pytest.mark.fault
 
 FILES = {
     "checkpoint": "checkpoints/epoch_001/model.safetensors",

@@ -9,21 +9,17 @@ import pyarrow as pa
 import pytest
 from s3fs import S3FileSystem
 
+from cluster.digests import digest_text
 from cluster.errors import BadInputError, RunError
-from cluster.storage import (
+from cluster.publishing import (
     MARKER,
-    check_reachable,
-    digest_text,
     discard_folder,
     fetch_folder,
     is_published,
-    location,
     publish_folder,
-    read_table,
     settle,
-    write_json,
-    write_table,
 )
+from cluster.storage import check_reachable, location, read_table, write_json, write_table
 
 
 @pytest.fixture(params=["local", "memory"])

@@ -1,10 +1,14 @@
 """The sample store: whole files, found by key, damage detected."""
 
+from dataclasses import replace
+
 import pytest
 
 from cluster.storage import location
 from pipeline.rows import Sample
 from pipeline.store import SampleStore
+
+pytestmark = pytest.mark.fault
 
 
 @pytest.fixture
@@ -39,6 +43,19 @@ def test_a_note_stays_with_its_file_and_changes_no_sample(store):
     store.write([sample("b")])
     assert sorted(store.notes("m"), key=len) == [{}, {"run": "r", "tokens": "3"}]
     assert store.read("m", {"a", "b"}) == {"a": sample("a"), "b": sample("b")}
+
+
+def test_of_two_rows_with_one_key_the_first_counts_also_later(store):
+    for text in ("first", "second", "third", "fourth"):
+        store.write([replace(sample("a"), text=text)])
+        assert store.read("m", {"a"})["a"].text == "first"
+
+
+def test_a_file_without_an_entry_in_the_ledger_counts_too(store, tmp_path):
+    store.write([sample("a")])
+    (entry,) = (tmp_path / "store" / "samples" / "m" / "ledger").iterdir()
+    entry.write_text("")  # cut short by a kill
+    assert store.keys("m") == {"a"}
 
 
 def test_writing_nothing_leaves_nothing(store, tmp_path):

@@ -10,6 +10,7 @@ import yaml
 
 from cluster import storage
 from cluster.errors import BadInputError
+from cluster.publishing import publish_folder, staging_folder
 from cluster.run_folder import RunFolder
 from evals.accuracy import Answer, answers_table
 from evals.stage import answers_file
@@ -50,9 +51,9 @@ def finish(cell, accuracies, answers=("1", "2"), **more):
     """Write what a cell's run leaves: accuracy by model id, of 100 answers."""
     run = RunFolder(storage.location(cell.stages[-1].run.folder))
     for epoch in range(1, cell.stages[-1].training.epochs + 1):
-        staging = storage.staging_folder(run.checkpoint(epoch))
+        staging = staging_folder(run.checkpoint(epoch))
         (staging / "weights").write_text("x")
-        storage.publish_folder(staging, run.checkpoint(epoch))
+        publish_folder(staging, run.checkpoint(epoch))
     for name, accuracy in accuracies.items():
         result = {"accuracy": accuracy, "n": 100, **more}
         storage.write_json(run.evaluation(name), result)

@@ -8,6 +8,7 @@ import pytest
 from cluster import storage
 from cluster.config import parse_config, recipe_of
 from cluster.errors import BadInputError
+from cluster.publishing import read_published
 from cluster.run_folder import RunFolder
 from pipeline.resampler import MixedPolicyResampler
 from pipeline.rows import Pair, Trace, from_table
@@ -203,7 +204,7 @@ def test_the_pairs_of_two_teachers_say_whose_trace_each_is(chat_server, tmp_path
     assert all(len(found) == 1 for found in digests.values())
     assert digests["teacher"] != digests["teacher_2"]
 
-    pairs = from_table(Pair, storage.read_table(run.pairs(1)))
+    pairs = from_table(Pair, read_published(run.pairs(1)))
     written = {name: [p for p in pairs if {p.chosen_model} == digests[name]] for name in files}
     # Of eight times the same text one is kept, and two of the second teacher's may enter.
     assert {name: len(found) for name, found in written.items()} == {"teacher": 5, "teacher_2": 10}

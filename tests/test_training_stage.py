@@ -18,6 +18,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 from cluster import storage
 from cluster.config import parse_config
 from cluster.errors import RunError
+from cluster.publishing import publish_folder, staging_folder
 from cluster.run_folder import RunFolder
 from training import stage, worker
 from training.optimizer_state import discard_states, newest_state
@@ -31,11 +32,12 @@ def run(tmp_path):
 
 def publish(*targets):
     for target in targets:
-        staging = storage.staging_folder(target)
+        staging = staging_folder(target)
         (staging / "file").write_text("x")
-        storage.publish_folder(staging, target)
+        publish_folder(staging, target)
 
 
+@pytest.mark.fault
 def test_training_goes_on_from_the_newest_whole_state(run, capsys):
     assert newest_state(run, 1000) == 0
     publish(run.trainer_state(3), run.trainer_state(120))
@@ -48,6 +50,7 @@ def test_training_goes_on_from_the_newest_whole_state(run, capsys):
     assert len(list(run.root.glob("trainer_state/step_000120.damaged-*"))) == 1
 
 
+@pytest.mark.fault
 def test_states_go_only_when_a_later_one_is_there(run):
     publish(*map(run.trainer_state, (3, 6, 9)))
     discard_states(run, before=9)
@@ -90,6 +93,7 @@ def start_worker(run, monkeypatch):
     return start
 
 
+@pytest.mark.fault
 def test_a_worker_that_is_started_anew_has_nothing_to_do_once_all_is_published(run, start_worker):
     publish(run.checkpoint(1))
     assert start_worker() == ["cpu"]
@@ -157,6 +161,7 @@ def test_a_worker_that_ray_ended_for_its_memory_gets_advice():
         _run(trainer(raises(WorkerGroupError("died", {0: killed}))))
 
 
+@pytest.mark.fault
 def test_training_goes_on_where_workers_were_lost_and_not_where_it_failed(run, monkeypatch, capsys):
     config = parse_config(
         {
@@ -184,6 +189,7 @@ def test_training_goes_on_where_workers_were_lost_and_not_where_it_failed(run, m
     assert capsys.readouterr().out.count("training lost worker 1 of 2: going on") == 2
 
 
+@pytest.mark.fault
 def test_ctrl_c_in_training_is_an_interruption_and_so_it_is_after_it():
     def fit():
         signal.signal(signal.SIGINT, lambda *_: raises(SystemExit(0))())  # as Ray Train does

@@ -4,6 +4,7 @@ from functools import cached_property
 
 from cluster import storage
 from cluster.config import RunConfig
+from cluster.publishing import read_published
 from cluster.run_folder import RunFolder
 from pipeline.anchors import chosen_answer, rejected_answer, unrelated_answers
 from pipeline.chat import Chat
@@ -17,7 +18,7 @@ class Examples:
 
     def __init__(self, run: RunFolder, epoch: int, config: RunConfig, chat: Chat) -> None:
         self._run, self._epoch, self._config, self._chat = run, epoch, config, chat
-        self._pairs = from_table(Pair, storage.read_table(run.pairs(epoch)))
+        self._pairs = from_table(Pair, read_published(run.pairs(epoch)))
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -54,5 +55,5 @@ class Examples:
 
     @cached_property
     def _scores(self) -> dict[tuple[str, str], float]:
-        rows = from_table(Anchor, storage.read_table(self._run.scores(self._epoch)))
+        rows = from_table(Anchor, storage.read_parquet(self._run.scores(self._epoch)))
         return {(row.reader, row.text): row.logp for row in rows}

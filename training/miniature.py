@@ -17,7 +17,7 @@ import torch
 
 from cluster.errors import BadInputError
 from cluster.progress import progress, say
-from cluster.storage import MARKER
+from cluster.publishing import MARKER
 from pipeline.chat import Chat
 from pipeline.prepared import prepare_folder, prepared_folder
 from pipeline.rows import Kind

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cluster import storage
+from cluster.publishing import discard_folder, is_whole, set_aside_folder
 from cluster.run_folder import RunFolder
 from training.engine import TrainingEngine
 
@@ -61,9 +61,9 @@ def newest_state(run: RunFolder, limit: int) -> int:
     for step in reversed(run.saved_steps()):
         if step > limit:
             continue
-        if storage.is_whole(run.trainer_state(step)):
+        if is_whole(run.trainer_state(step)):
             return step
-        storage.set_aside(run.trainer_state(step))
+        set_aside_folder(run.trainer_state(step))
     return 0
 
 
@@ -71,7 +71,7 @@ def discard_states(run: RunFolder, before: int) -> None:
     """Remove the states of steps before `before`."""
     for step in run.saved_steps():
         if step < before:
-            storage.discard_folder(run.trainer_state(step))
+            discard_folder(run.trainer_state(step))
 
 
 def _trained(engine: TrainingEngine) -> Iterator[tuple[str, nn.Parameter]]:

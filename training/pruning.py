@@ -10,8 +10,10 @@ from typing import Any
 from upath import UPath
 
 from cluster import storage
+from cluster.digests import digest_text
 from cluster.errors import BadInputError
 from cluster.progress import progress, say
+from cluster.publishing import publishing
 from pipeline.models import model_digest, resolve_model
 from training.prunable import Prunable, read_prunable
 from training.widths import Widths, check_ratio, choose_widths, removed_share
@@ -70,7 +72,7 @@ def prune_model(reference: str, ratio: float, out: str, texts: Path | None = Non
     kept = choose_widths(prunable, ratio)
     _check_memory(reference, prunable)
     _say_plan(reference, prunable, kept)
-    with storage.publishing(place) as made:
+    with publishing(place) as made:
         measured = _prune_into(made, folder, prunable, kept, calibration)
         pruned = _figures(prunable, kept, ratio, measured)
         _write_figures(made, folder, pruned, calibration)
@@ -191,7 +193,7 @@ def _write_figures(staging: Path, folder: Path, pruned: Pruned, calibration: lis
     provenance = {
         "model": str(folder),
         "model_digest": model_digest(folder),
-        "texts_digest": storage.digest_text(*calibration),
+        "texts_digest": digest_text(*calibration),
         "versions": {package: metadata.version(package) for package in packages},
     }
     storage.write_json(storage.location(str(staging / FIGURES)), asdict(pruned) | provenance)

@@ -14,7 +14,9 @@ import torch.distributed as dist
 from cluster import storage
 from cluster.config import RunConfig
 from cluster.errors import RunError
+from cluster.metrics import StepLog
 from cluster.progress import attach, progress
+from cluster.publishing import fetch_folder, is_published, publishing
 from cluster.run_folder import RunFolder
 from cluster.session import result_of
 from pipeline.chat import Chat, load_chat
@@ -60,6 +62,7 @@ class Worker:
 
     def __init__(self, assignment: Assignment, rank: int, workers: int) -> None:
         self.run, self.config = assignment.run, assignment.config
+        self.log = StepLog(self.run.metrics_file)
         self.assignment, self.training = assignment, assignment.config.training
         # A group of its own for what the CPU decides; it also has barriers with a time limit.
         self.control = dist.new_group(backend="gloo", timeout=self._patience)
@@ -86,7 +89,7 @@ class Worker:
         limit = self.steps * (self.run.epochs_published() + 1)
         step = self._from_first(lambda: newest_state(self.run, limit))
         if step:
-            folder = storage.fetch_folder(self.run.trainer_state(step), storage.cache_folder())
+            folder = fetch_folder(self.run.trainer_state(step), storage.cache_folder())
             assert load_state(self.stepper.engine, folder) == step
         return step
 
@@ -114,7 +117,7 @@ class Worker:
             self._publish(epoch)
 
     def _await_pairs(self, epoch: int) -> None:
-        if self.first and not storage.is_published(self.run.pairs(epoch)):
+        if self.first and not is_published(self.run.pairs(epoch)):
             self._ask_for_pairs(epoch)
         try:
             # The others may wait since worker 0 began to publish, and its own error says more.
@@ -153,13 +156,13 @@ class Worker:
         batches = global_batches(len(examples), size, self.config.run.seed, epoch, steps)
         left = batches[self.step - (epoch - 1) * self.steps :]
         of = self.steps * self.training.epochs
-        with self._shown(epoch, len(batches) - len(left)) as bar:
+        with self.log, self._shown(epoch, len(batches) - len(left)) as bar:
             for indices in left:
                 self.step += 1
                 batch = [examples[index] for index in indices]
                 wishes, figures = self.stepper.take(self.step, of, batch, self._wishes())
                 if self.first:
-                    self.run.record(stage="train", epoch=epoch, **figures)
+                    self.log.add(stage="train", epoch=epoch, **figures)
                 if bar:
                     bar.advance(1, **{n: figures[n] for n in ("loss", "margin") if n in figures})
                 if wishes.save:
@@ -201,8 +204,11 @@ class Worker:
         """Publish the trainer's state; only then those before it go."""
         if self.saved_step == self.step:
             return
+        self.log.write()
         target = self.run.trainer_state(self.step)
-        with storage.publishing(target) if self.first else nullcontext() as folder:
+        if self.first:
+            self.run.announce_state(self.step)
+        with publishing(target) if self.first else nullcontext() as folder:
             save_state(self.stepper.engine, folder, self.step)
         if self.first:
             discard_states(self.run, before=self.step)
@@ -211,11 +217,11 @@ class Worker:
     def _publish(self, epoch: int) -> None:
         """Publish the student, unless an earlier try has, whose negatives may be drawn already."""
         target = self.run.checkpoint(epoch)
-        if not self._from_first(partial(storage.is_published, target)):
+        if not self._from_first(partial(is_published, target)):
             weights = gather_weights(self.stepper.engine.model, keep=self.first)
             if self.first:
                 trusted = self.config.student.trust_remote_code
-                with storage.publishing(target) as folder:
+                with publishing(target) as folder:
                     write_checkpoint(folder, self.base, weights, self.chat, trusted)
         if self.first and epoch == self.training.epochs:
             discard_states(self.run, before=self.step + 1)

@@ -6,8 +6,8 @@ problem never moves to another part when rows are added.
 
 from collections.abc import Iterable, Mapping
 
+from cluster.digests import digest_text
 from cluster.errors import BadInputError
-from cluster.storage import digest_text
 from pipeline.rows import Prompt
 from pipeline.tasks.task import SPLITS, Split
 

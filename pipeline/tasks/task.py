@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from cluster import sections
-from cluster.storage import digest_text
+from cluster.digests import digest_text
 from pipeline.answers import canonical_answer
 from pipeline.rows import Kind, Prompt
 from pipeline.tasks.faults import BadRowError, check_texts

@@ -8,9 +8,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from cluster.digests import digest_text
 from cluster.errors import BadInputError
 from cluster.sections import JudgeVerdict
-from cluster.storage import digest_text
 from pipeline.rows import Prompt, Verdict
 from pipeline.store import SampleStore
 from pipeline.verdicts.asking import Question, ask_all, ask_once

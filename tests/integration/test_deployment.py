@@ -7,6 +7,7 @@ import yaml
 
 from cluster import storage
 from cluster.config import parse_config
+from cluster.publishing import publish_folder, staging_folder
 from cluster.run_folder import RunFolder
 from cluster.session import ray_session, start_serve
 from serving.deployment import build
@@ -32,9 +33,9 @@ def config(guesser, free_port, tmp_path):
 def run(config, guesser):
     """A run with its configuration and one checkpoint."""
     run = RunFolder(storage.location(config.run.folder))
-    folder = storage.staging_folder(run.checkpoint(1))
+    folder = staging_folder(run.checkpoint(1))
     shutil.copytree(guesser, folder, dirs_exist_ok=True)
-    storage.publish_folder(folder, run.checkpoint(1))
+    publish_folder(folder, run.checkpoint(1))
     storage.write_text(run.config_file, yaml.safe_dump(config.model_dump(mode="json")))
     return run
 

@@ -22,6 +22,7 @@ from cluster import storage
 from cluster.config import RunConfig, parse_config
 from cluster.errors import RunError
 from cluster.progress import watched_board
+from cluster.publishing import MARKER, discard_folder, is_published, publish_folder, staging_folder
 from cluster.run_folder import RunFolder
 from cluster.session import NO_DASHBOARD
 from cluster.soundness import set_aside_damaged
@@ -71,10 +72,10 @@ def _pair(index: int, epoch: int) -> Pair:
 
 
 def _publish_pairs(run: RunFolder, epoch: int, count: int = PAIRS) -> None:
-    staging = storage.staging_folder(run.pairs(epoch))
+    staging = staging_folder(run.pairs(epoch))
     table = to_table(Pair, [_pair(index, epoch) for index in range(count)])
     storage.write_table(table, UPath(staging / "pairs.parquet"))
-    storage.publish_folder(staging, run.pairs(epoch))
+    publish_folder(staging, run.pairs(epoch))
 
 
 def _publish_scores(run: RunFolder, config: RunConfig) -> None:
@@ -100,7 +101,7 @@ class WritesPairs:
         import time
 
         time.sleep(self.delay)
-        assert storage.is_published(self.run.checkpoint(epoch - 1)), "asked before its checkpoint"
+        assert is_published(self.run.checkpoint(epoch - 1)), "asked before its checkpoint"
         _publish_pairs(self.run, epoch, self.counts.get(epoch, PAIRS))
         return {}
 
@@ -130,7 +131,7 @@ def _config(folder: Path, model: Path, **training) -> RunConfig:
 
 def _train(folder: Path, model: Path, **training) -> RunFolder:
     run, config = RunFolder(UPath(folder)), _config(folder, model, **training)
-    if not storage.is_published(run.pairs(1)):
+    if not is_published(run.pairs(1)):
         run.root.mkdir(parents=True, exist_ok=True)
         _publish_pairs(run, 1)
     train(run, config, WritesPairs.remote(run))
@@ -213,7 +214,7 @@ def halted(tiny_llama, tmp_path_factory) -> RunFolder:
     with pytest.raises(RunError, match=r"pairs of epoch 2 did not come within 15 s: raise"):
         train(run, config, WritesPairs.remote(run, delay=60))
     assert run.saved_steps() == [3], "what was trained before is not lost"
-    storage.discard_folder(run.pairs(2))
+    discard_folder(run.pairs(2))
     return run
 
 
@@ -237,12 +238,12 @@ def test_a_damaged_student_is_made_again_as_it_was(reference, tiny_llama, tmp_pa
     run = _copy(reference, tmp_path)
     weights = run.checkpoint(1) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    later = (run.checkpoint(2) / storage.MARKER).stat().st_mtime_ns
+    later = (run.checkpoint(2) / MARKER).stat().st_mtime_ns
     set_aside_damaged(run)
     assert run.epochs_published() == 0
     train(run, _config(tmp_path, tiny_llama), WritesPairs.remote(run))
     _assert_same_weights(_weights(run, 1), _weights(reference, 1), atol=1e-6)
-    assert (run.checkpoint(2) / storage.MARKER).stat().st_mtime_ns == later, "a whole one is kept"
+    assert (run.checkpoint(2) / MARKER).stat().st_mtime_ns == later, "a whole one is kept"
 
 
 SHARDED = {"workers": 2, "micro_batch": 2, "zero_stage": 3}
@@ -264,7 +265,7 @@ def test_a_sharded_run_in_bf16_may_go_on_whole(reference, tiny_llama, tmp_path):
     config = _config(tmp_path, tiny_llama, precision="bf16", **SHARDED)
     with pytest.raises(RunError, match="epoch 2 has 5 pairs, expected 11"):
         train(run, config, WritesPairs.remote(run, {2: 5}))
-    storage.discard_folder(run.pairs(2))
+    discard_folder(run.pairs(2))
     train(run, _config(tmp_path, tiny_llama, precision="bf16"), WritesPairs.remote(run))
     # bf16 rounds weights and activations to 8 bits; what must agree is the course of the run.
     for ours, theirs in zip(_metrics(run), _metrics(reference), strict=True):
@@ -352,7 +353,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_pairs(tin
     assert set(re.findall(r"\bp\d+", str(caught.value))) == {f"p{n}" for n in first}, (
         "both workers'"
     )
-    assert not storage.is_published(run.checkpoint(1))
+    assert not is_published(run.checkpoint(1))
     assert not (run.root / "metrics.jsonl").exists()
 
 
@@ -371,7 +372,7 @@ def test_ctrl_c_in_training_is_an_interruption(tiny_llama, tmp_path):
     _publish_pairs(run, 1)
 
     def interrupt():
-        while not storage.is_published(run.checkpoint(1)):
+        while not is_published(run.checkpoint(1)):
             time.sleep(0.2)
         os.kill(os.getpid(), signal.SIGINT)
 
