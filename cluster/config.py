@@ -159,6 +159,11 @@ def _training_rules(config: RunConfig) -> list[Rule]:
             f"workers = {per_step}: change one of the three",
         ),
         (
+            training.least_workers > training.workers,
+            f"training.min_workers={training.min_workers} is more than workers={training.workers}: "
+            "lower it, or raise workers",
+        ),
+        (
             training.offload == "parameters" and training.zero_stage != 3,
             f'training.offload="parameters" needs zero_stage 3, got {training.zero_stage}: set '
             'zero_stage to 3, or offload to "optimizer"',

@@ -116,15 +116,16 @@ def engine_bytes(shape: ModelShape, engines: Engines) -> float:
 def training_bytes(shape: ModelShape, training: Training, row_tokens: int) -> float:
     """Memory of one training worker, with `row_tokens` in the longest row of a micro-batch.
 
-    Parameters, gradients, and AdamW's float32 copy and moments, each shared by the workers from
-    its ZeRO stage on; activations of one micro-batch and float32 scores over the vocabulary.
+    Parameters, gradients, and AdamW's float32 copy and moments, each shared by the workers (the
+    fewest that there may be) from its ZeRO stage on; activations of one micro-batch and float32
+    scores over the vocabulary.
     """
     size = 2 if training.precision == "bf16" else 4
     trained = shape.parameters if training.lora is None else _lora_parameters(shape, training)
     shared = [stage <= training.zero_stage for stage in (3, 2, 1)]
     states = (size * shape.parameters, size * trained, 12 * trained)
     total = _TRAINER_OVERHEAD + sum(
-        amount / (training.workers if is_shared else 1)
+        amount / (training.least_workers if is_shared else 1)
         for amount, is_shared in zip(states, shared, strict=True)
     )
     tokens = training.micro_batch * row_tokens

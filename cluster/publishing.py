@@ -41,7 +41,8 @@ def publishing(target: UPath) -> Iterator[Path]:
 def publish_folder(source: Path, target: UPath) -> None:
     """Move what is below `source` to `target`, then write the marker that makes it count.
 
-    Afterwards `target` holds these files and no others, and `source` is gone.
+    Afterwards `target` holds these files and no others, and `source` is gone. Raises RunError where
+    a bucket gives back other bytes than it was given.
     """
     discard_folder(target)  # of a try that was killed before its marker
     digests = {}
@@ -49,12 +50,16 @@ def publish_folder(source: Path, target: UPath) -> None:
         name = file.relative_to(source).as_posix()
         destination = target / name
         destination.parent.mkdir(parents=True, exist_ok=True)
+        digests[name] = digest_file(file)
         if is_local(target):
             shutil.move(file, str(destination))
         else:
             with file.open("rb") as reader, destination.open("wb") as writer:
                 shutil.copyfileobj(reader, writer, _CHUNK)
-        digests[name] = digest_file(destination)
+            if digest_file(destination) != digests[name]:
+                raise RunError(
+                    f"{destination} does not give back what was written: run the same command again"
+                )
     write_json(target / MARKER, {"files": digests})
     shutil.rmtree(source)
 

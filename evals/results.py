@@ -13,6 +13,7 @@ from serving.models import (
     evaluation_name,
     published_epochs,
     student_id,
+    trained_epochs,
 )
 
 
@@ -29,11 +30,11 @@ class Result:
 
 def read_results(run: RunFolder, config: RunConfig) -> list[Result]:
     """The models that were evaluated on test, in the order of the table."""
-    epochs = published_epochs(run, config)
-    best = best_epoch(run, epochs)
+    epochs, served = trained_epochs(run, config), published_epochs(run, config)
+    best = best_epoch(run, served)
     models = [(f"student before training ({config.student.model})", BASE, False)]
     models += [
-        (f"student after epoch {epoch}", student_id(epoch), epoch == best) for epoch in epochs
+        (_label(epoch, epoch in served), student_id(epoch), epoch == best) for epoch in epochs
     ]
     shots = len(config.teacher.few_shot)
     shown = f", shown {shots} worked examples" if shots else ""
@@ -45,6 +46,10 @@ def read_results(run: RunFolder, config: RunConfig) -> list[Result]:
             validation = _read(run, model_id, "validation")
             results.append(Result(label, model_id, test, validation, is_best))
     return results
+
+
+def _label(epoch: int, is_there: bool) -> str:
+    return f"student after epoch {epoch}{'' if is_there else ' (not kept)'}"
 
 
 def _read(run: RunFolder, model_id: str, split: str) -> dict[str, Any] | None:

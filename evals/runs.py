@@ -70,16 +70,18 @@ def open_stage(config: RunConfig) -> Iterator[RunFolder]:
 
 
 def run_stage(folder: RunFolder, config: RunConfig, keep_engines: bool = False) -> None:
-    """Sample, pair, train, resample, evaluate and report.
+    """Sample, pair, train, resample, evaluate, remove what training.keep lets go, and report.
 
     With `keep_engines` they stay up where the cluster does, for a run that shares their pool.
     """
+    from evals.keeping import thin_out
     from evals.report import write_report
     from evals.stage import evaluate
 
     with _data_plane(folder, config, keep_engines) as (resampler, board):
         _train(folder, config, resampler, board)
         evaluate(folder, config)
+    thin_out(folder, config)
     write_report(folder, config)
     write_json(folder.finished_file, {"date": datetime.now(UTC).isoformat(timespec="seconds")})
 

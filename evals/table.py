@@ -39,7 +39,9 @@ def _caption(results: list[Result]) -> str | None:
     best = next((result for result in results if result.best), None)
     if best is None:
         return None
-    return f"* {'the best on validation, ' if best.validation else ''}served as student"
+    validated = [result.validation["accuracy"] for result in results if result.validation]
+    is_best = best.validation and best.validation["accuracy"] == max(validated)
+    return f"* {'the best on validation, ' if is_best else ''}served as student"
 
 
 def _short(label: str) -> str:

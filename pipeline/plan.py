@@ -218,11 +218,16 @@ def _plan_work(plan: Plan, config: RunConfig, prompts: int, probes: dict[str, Pr
             "training",
             f"{training.method}, {training.epochs} epochs, about {pairs} pairs and {steps} steps "
             f"in all (if {share:.0%} of the teacher's traces can be learned from), "
-            f"{training.workers} worker(s) of about {worker:.1f} GiB",
+            f"{_workers(training)} worker(s) of about {worker:.1f} GiB",
         ),
         ("files", f"{training.epochs} checkpoints of {_checkpoint_gib(student):.2g} GiB"),
         ("time", f"roughly {minutes} min of sampling and training, if traces are long"),
     ]
+
+
+def _workers(training: sections.Training) -> str:
+    least = training.least_workers
+    return f"{least} to {training.workers}" if least < training.workers else str(least)
 
 
 def _checkpoint_gib(student: Probe) -> float:

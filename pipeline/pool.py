@@ -61,7 +61,7 @@ def _diagnosis(name: str, config: RunConfig, on_gpu: bool, error: Exception) -> 
     return (
         f"sampling engines are {status.status} after at most {engines.start_timeout_s:.0f} s: "
         f"{' '.join([status.message, *messages, str(error)]).strip()} Asked for "
-        f"{engines.min_engines} x {_resources(config, on_gpu)}; the cluster has "
+        f"{engines.min_engines} x {engine_resources(config, on_gpu)}; the cluster has "
         f"{ray.cluster_resources()}, of which {ray.available_resources()} are free"
     )
 
@@ -77,7 +77,7 @@ def _deployment(config: RunConfig, on_gpu: bool, weights: Weights) -> Any:
         SamplingEngine,
         name=_DEPLOYMENT,
         user_config=asdict(weights),
-        ray_actor_options=_resources(config, on_gpu),
+        ray_actor_options=engine_resources(config, on_gpu),
         max_ongoing_requests=2 * engines.batches_in_flight,
         autoscaling_config={
             "min_replicas": engines.min_engines,
@@ -94,7 +94,8 @@ def _deployment(config: RunConfig, on_gpu: bool, weights: Weights) -> Any:
     return pool.options(version=version, _internal=True)
 
 
-def _resources(config: RunConfig, on_gpu: bool) -> dict[str, Any]:
+def engine_resources(config: RunConfig, on_gpu: bool) -> dict[str, Any]:
+    """What one engine holds, as options of a Ray actor."""
     processes = config.engines.tensor_parallel
     options: dict[str, Any] = {"num_cpus": config.engines.cpus_per_engine * processes}
     if on_gpu:

@@ -79,8 +79,13 @@ def routes_of(models: list[ServedModel]) -> dict[str, Route]:
 
 def published_epochs(run: RunFolder, config: RunConfig) -> list[int]:
     """Epochs whose checkpoint is in the run folder."""
-    epochs = range(1, config.training.epochs + 1)
-    return [epoch for epoch in epochs if is_published(run.checkpoint(epoch))]
+    trained = trained_epochs(run, config)
+    return [epoch for epoch in trained if is_published(run.checkpoint(epoch))]
+
+
+def trained_epochs(run: RunFolder, config: RunConfig) -> list[int]:
+    """These, and the epochs whose checkpoint training.keep has let go."""
+    return [epoch for epoch in range(1, config.training.epochs + 1) if run.was_published(epoch)]
 
 
 def best_epoch(run: RunFolder, epochs: list[int]) -> int | None:

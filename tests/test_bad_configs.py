@@ -41,6 +41,8 @@ OPTIONS = {
     "training.micro_batch=64": "not a multiple of micro_batch x workers = 64: change one",
     "training.global_batch=33": "not a multiple of micro_batch x workers = 4: change one",
     "training.workers=3": "not a multiple of micro_batch x workers = 12: change one",
+    "training.min_workers=3": "is more than workers=1: lower it, or raise workers",
+    "training.keep=none": "'each_epoch', 'best_and_last' or 'last'",
     "training.max_length=20": "no room for a response in .*: raise it",
     "engines.max_model_len=60": "do not fit in .*: raise it or lower the new tokens",
     "engines.kv_cache_gib=100000": "take about .* GiB, and this machine has .*: lower them",

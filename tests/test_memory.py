@@ -59,6 +59,8 @@ def test_zero_shares_states_over_the_workers(shape, stage, shared):
 
     saved = needed(workers=2) - needed(workers=2, zero_stage=stage)
     assert saved == pytest.approx(shared * shape.parameters / 2)
+    elastic = needed(workers=4, min_workers=2, zero_stage=stage)
+    assert elastic == needed(workers=2, zero_stage=stage), "when the fewest share them"
 
 
 def test_what_costs_less_is_estimated_lower(shape):

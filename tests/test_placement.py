@@ -48,14 +48,14 @@ def test_anything_else_is_refused_with_the_option_and_the_form(text):
 
 def test_trainers_and_samplers_go_where_they_are_told():
     placed = config(training_nodes="stage=training", sampling_nodes="stage=sampling")
-    assert _scaling(placed, on_gpu=True).label_selector == {"stage": "training"}
+    assert _scaling(placed, on_gpu=True, workers=1).label_selector == {"stage": "training"}
     options = _deployment(placed, True, WEIGHTS).ray_actor_options
     assert options["label_selector"] == {"stage": "sampling"}
     assert options["num_gpus"] == 1
 
 
 def test_by_default_they_go_anywhere():
-    assert _scaling(config(), on_gpu=False).label_selector is None
+    assert _scaling(config(), on_gpu=False, workers=1).label_selector is None
     assert "label_selector" not in _deployment(config(), False, WEIGHTS).ray_actor_options
 
 

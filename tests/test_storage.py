@@ -69,6 +69,18 @@ def test_a_damaged_download_is_refused(source, tmp_path):
         fetch_folder(target, tmp_path / "cache")
 
 
+def test_a_bucket_that_gives_back_other_bytes_is_not_believed(source, monkeypatch):
+    target = location(f"memory://{uuid.uuid4().hex}/target")
+
+    def garble(reader, writer, size):
+        writer.write(reader.read().upper())
+
+    monkeypatch.setattr("shutil.copyfileobj", garble)
+    with pytest.raises(RunError, match=r"a.txt does not give back what was written"):
+        publish_folder(source, target)
+    assert not is_published(target)
+
+
 def test_a_discarded_folder_is_gone(source, target):
     publish_folder(source, target)
     discard_folder(target)

@@ -15,7 +15,7 @@ from cluster.run_folder import RunFolder
 from evals.accuracy import Answer, answers_table
 from evals.stage import answers_file
 from evals.tables import run as running
-from evals.tables.figures import is_done, measured
+from evals.tables.figures import chosen_result, is_done, measured
 from evals.tables.layout import as_csv, lines_of, markdown, page
 from evals.tables.plan import describe_table
 from evals.tables.spec import load_table
@@ -114,6 +114,15 @@ def test_a_cell_is_the_best_epochs_by_validation_over_seeds(spec):
     assert row["mean"].mean == pytest.approx((51 + 71) / 2)
     assert row["mean"].standard_error == pytest.approx(2**0.5 / 2)
     assert row["agreement"].mean == pytest.approx(50.0), "one of two answers is the teacher's"
+
+
+def test_a_figure_stays_where_the_best_epochs_weights_are_not_kept(spec):
+    _, cells = fill(spec)
+    cell = next(cell for cell in cells if cell.arm == "mixed_policy_orpo")
+    before = chosen_result(cell, cell.arm)
+    assert "student-epoch-2" in str(before)
+    RunFolder(storage.location(cell.stages[-1].run.folder)).remove_checkpoints([2])
+    assert chosen_result(cell, cell.arm) == before
 
 
 def test_markdown_has_the_papers_number_and_the_best_in_bold(spec):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from ray.exceptions import RayActorError
-from ray.train import ControllerError, FailureConfig
+from ray.train import ControllerError, FailureConfig, PreemptionError, PreemptionInfo
 from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupTimeoutError,
     WorkerHealthCheckFailedError,
@@ -17,7 +17,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 
 from cluster import storage
 from cluster.config import parse_config
-from cluster.errors import RunError
+from cluster.errors import RunError, WorkersLostError
 from cluster.publishing import publish_folder, staging_folder
 from cluster.run_folder import RunFolder
 from training import stage, worker
@@ -75,14 +75,7 @@ def start_worker(run, monkeypatch):
     monkeypatch.setattr(worker, "Worker", FakeWorker)
     monkeypatch.setattr(worker, "use_threads", lambda *_: None)
     monkeypatch.setenv("DS_ACCELERATOR", "what the driver's machine has")
-    raw = {
-        "run": {"folder": str(run.root)},
-        "task": {"name": "gsm8k"},
-        "teacher": {"model": "a"},
-        "student": {"model": "b"},
-        "training": {"epochs": 2},
-    }
-    config = parse_config(raw, "test")
+    config = configured(run, epochs=2)
 
     def start(on_gpu=False):
         told.clear()
@@ -107,9 +100,10 @@ def test_deepspeed_runs_on_what_the_run_decided(start_worker):
 
 
 STARTUP = ControllerError(WorkerGroupStartupTimeoutError(2))
+NODE_GONE = PreemptionError(PreemptionInfo(None, {"node": [1]}), drain_timed_out=True)
 
 
-@pytest.mark.parametrize("error", [STARTUP, WorkerGroupError("", {0: ValueError("x")})])
+@pytest.mark.parametrize("error", [STARTUP, WorkerGroupError("", {0: ValueError("x")}), NODE_GONE])
 def test_ray_train_does_not_try_for_ever(error):
     assert DefaultFailurePolicy(_failure_config()).make_decision(error) == FailureDecision.RAISE
     assert (
@@ -161,18 +155,20 @@ def test_a_worker_that_ray_ended_for_its_memory_gets_advice():
         _run(trainer(raises(WorkerGroupError("died", {0: killed}))))
 
 
+def configured(run, **training):
+    raw = {
+        "run": {"folder": str(run.root)},
+        "task": {"name": "gsm8k"},
+        "teacher": {"model": "a"},
+        "student": {"model": "b"},
+        "training": training,
+    }
+    return parse_config(raw, "test")
+
+
 @pytest.mark.fault
 def test_training_goes_on_where_workers_were_lost_and_not_where_it_failed(run, monkeypatch, capsys):
-    config = parse_config(
-        {
-            "run": {"folder": str(run.root)},
-            "task": {"name": "gsm8k"},
-            "teacher": {"model": "a"},
-            "student": {"model": "b"},
-            "training": {"restarts": 2},
-        },
-        "test",
-    )
+    config = configured(run, restarts=2)
     died = RayActorError(error_msg="the node died")
     gone, tries = WorkerHealthCheckFailedError("no answer", died), []
 
@@ -187,6 +183,25 @@ def test_training_goes_on_where_workers_were_lost_and_not_where_it_failed(run, m
             stage.train(run, config, None)
         assert len(tries) == expected
     assert capsys.readouterr().out.count("training lost worker 1 of 2: going on") == 2
+
+
+def test_an_announced_loss_of_a_node_that_came_too_soon_is_a_loss_of_workers():
+    with pytest.raises(WorkersLostError, match=r"lost a node, as was announced"):
+        _run(trainer(raises(NODE_GONE)))
+
+
+def test_training_starts_again_where_its_workers_left_before_the_end(run, monkeypatch):
+    """Others have found room, or a node is to be taken away: the state is saved then."""
+    tries = []
+
+    def fit(run, *_):
+        tries.append(run.epochs_published())
+        if len(tries) > 1:
+            publish(run.checkpoint(len(tries) - 1))
+
+    monkeypatch.setattr(stage, "_fit", fit)
+    stage.train(run, configured(run, epochs=2, restarts=0), None)
+    assert tries == [0, 0, 1]
 
 
 @pytest.mark.fault

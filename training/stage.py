@@ -21,7 +21,6 @@ from cluster.session import own_error
 # Ray Train gives up on its workers after a minute; a node that an autoscaler adds takes longer.
 _WORKER_START_TIMEOUT_S = "900"
 _OUT_OF_MEMORY = re.compile("memory pressure|low on memory|OutOfMemory|out of memory")
-_LOST_NODES = 3  # announced losses of nodes after which training starts again by itself
 
 
 def train(run: RunFolder, config: RunConfig, resampler: Any, board: Any = None) -> None:
@@ -43,7 +42,8 @@ def train(run: RunFolder, config: RunConfig, resampler: Any, board: Any = None) 
         before_sleep=lambda state: say(f"{state.outcome and state.outcome.exception()}: going on"),
         reraise=True,
     )
-    tries(_fit, run, config, resampler, board)
+    while run.epochs_published() < epochs:  # workers leave where others had better join them
+        tries(_fit, run, config, resampler, board)
 
 
 def _fit(run: RunFolder, config: RunConfig, resampler: Any, board: Any) -> None:
@@ -51,6 +51,7 @@ def _fit(run: RunFolder, config: RunConfig, resampler: Any, board: Any) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from cluster.session import uses_gpu
+    from training.elastic import workers_with_room
     from training.worker import Assignment, train_worker
 
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _WORKER_START_TIMEOUT_S)
@@ -58,12 +59,14 @@ def _fit(run: RunFolder, config: RunConfig, resampler: Any, board: Any) -> None:
     training, on_gpu = config.training, uses_gpu(config)
     if steps := run.saved_steps():
         say(f"training: going on after step {steps[-1]}, with the optimizer's state")
-    say(f"training: starting {training.workers} worker(s)")
+    workers = workers_with_room(config, on_gpu)
+    wanted = f" of {training.workers}" if workers < training.workers else ""
+    say(f"training: starting {workers}{wanted} worker(s)")
     with tempfile.TemporaryDirectory(prefix="potstill-train-") as scratch:
         trainer = TorchTrainer(
             train_worker,
             train_loop_config={"assignment": Assignment(run, config, resampler, board, on_gpu)},
-            scaling_config=_scaling(config, on_gpu),
+            scaling_config=_scaling(config, on_gpu, workers),
             torch_config=TorchConfig(
                 backend="nccl" if on_gpu else "gloo",
                 timeout_s=int(max(1800, training.resample_timeout_s)),
@@ -78,24 +81,28 @@ def _fit(run: RunFolder, config: RunConfig, resampler: Any, board: Any) -> None:
             _run(trainer)
 
 
-def _scaling(config: RunConfig, on_gpu: bool) -> Any:
+def _scaling(config: RunConfig, on_gpu: bool, workers: int) -> Any:
     from ray.train import ScalingConfig
 
-    training = config.training
+    from training.elastic import worker_resources
+
     return ScalingConfig(  # type: ignore[call-arg]  # declared as that of version 1
-        num_workers=training.workers,
+        num_workers=workers,
         use_gpu=on_gpu,
-        resources_per_worker={"CPU": training.cpus_per_worker} | ({"GPU": 1} if on_gpu else {}),
+        resources_per_worker=worker_resources(config, on_gpu),
         label_selector=label_selector(config.cluster.training_nodes) or None,
     )
 
 
 def _failure_config() -> Any:
-    """Ray Train's own default asks for workers again and again, for ever."""
+    """Leave it to train() to start again, which looks how many workers find room by then.
+
+    Ray Train's own default asks for the same workers again and again, for ever.
+    """
     from ray.train import FailureConfig
 
     return FailureConfig(  # type: ignore[call-arg]  # declared as that of version 1
-        max_failures=0, controller_failure_limit=0, max_preemption_failures=_LOST_NODES
+        max_failures=0, controller_failure_limit=0, max_preemption_failures=0
     )
 
 
@@ -144,12 +151,14 @@ def _interruptible() -> Iterator[None]:
 
 
 def _run(trainer: Any) -> None:
-    from ray.train import ControllerError, TrainingFailedError
+    from ray.train import ControllerError, PreemptionError, TrainingFailedError
 
     try:
         trainer.fit()
     except ControllerError as error:
         raise RunError(_diagnosis(trainer.scaling_config, error)) from error
+    except PreemptionError as error:
+        raise WorkersLostError(f"training lost a node, as was announced: {error}") from error
     except TrainingFailedError as error:
         traceback.print_exception(error)  # its pages go to the log
         failures = dict(sorted(getattr(error, "worker_failures", {}).items()))
@@ -197,5 +206,5 @@ def _diagnosis(scaling: Any, error: Any) -> str:
         f"Ray Train has no workers: {error.controller_failure} Asked for {scaling.num_workers} x "
         f"{scaling.resources_per_worker}{where}; the cluster has {ray.cluster_resources()}, of "
         f"which {ray.available_resources()} are free: add nodes, or lower training.workers, "
-        "training.cpus_per_worker or engines.max_engines"
+        "training.min_workers, training.cpus_per_worker or engines.max_engines"
     )

@@ -43,6 +43,7 @@ class Wishes:
 
     save: bool
     stop: bool
+    look: bool  # whether a node is to be taken away, which all workers ask together
 
 
 class Stepper:

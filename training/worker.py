@@ -15,7 +15,7 @@ from cluster import storage
 from cluster.config import RunConfig
 from cluster.errors import RunError
 from cluster.metrics import StepLog
-from cluster.progress import attach, progress
+from cluster.progress import attach, progress, say
 from cluster.publishing import fetch_folder, is_published, publishing
 from cluster.run_folder import RunFolder
 from cluster.session import result_of
@@ -23,11 +23,15 @@ from pipeline.chat import Chat, load_chat
 from pipeline.models import resolve_model
 from training.batches import global_batches
 from training.checkpoints import gather_weights, write_checkpoint
+from training.elastic import MissingWorkers
 from training.engine import use_threads
 from training.examples import Examples
 from training.optimizer_state import discard_states, load_state, newest_state, save_state
 from training.schedule import count_steps
 from training.stepping import Stepper, Wishes, Workers
+
+# How often Ray Train itself looks which nodes are announced to go.
+_LOOK_S = 5
 
 Found = TypeVar("Found")
 
@@ -77,7 +81,10 @@ class Worker:
         place = Workers(rank, workers, self.control)
         self.stepper = Stepper(self.config, self.base, self.chat, place)
         self.step = self.saved_step = self._resume()
-        self.saved_at = time.monotonic()
+        self.saved_at = self.looked_at = time.monotonic()
+        self.missing = (
+            MissingWorkers(self.config, assignment.on_gpu, workers) if self.first else None
+        )
 
     @property
     def _patience(self) -> timedelta:
@@ -100,7 +107,7 @@ class Worker:
         return seen[0]
 
     def train(self) -> None:
-        """Train what is left of all epochs, or until the run is asked to stop."""
+        """Train what is left of all epochs, or until the run is to stop or to start again."""
         done, into_epoch = divmod(self.step, self.steps)
         if done and not into_epoch:
             self._publish(done)  # of a try that was ended after it saved its state
@@ -165,9 +172,10 @@ class Worker:
                     self.log.add(stage="train", epoch=epoch, **figures)
                 if bar:
                     bar.advance(1, **{n: figures[n] for n in ("loss", "margin") if n in figures})
-                if wishes.save:
+                leave = wishes.look and self._node_goes()
+                if wishes.save or leave:
                     self._save()
-                if wishes.stop:
+                if wishes.stop or leave:
                     return False
         return True
 
@@ -190,15 +198,33 @@ class Worker:
         """Worker 0's, for after the step that comes."""
         if not self.first:
             return None
-        stop = self._asked_to_stop()
-        due = time.monotonic() - self.saved_at >= 60 * self.training.save_minutes
-        return Wishes(save=stop or due, stop=stop)
+        stop = self._asked_to_stop() or self._can_grow()
+        now = time.monotonic()
+        due = now - self.saved_at >= 60 * self.training.save_minutes
+        return Wishes(save=stop or due, stop=stop, look=now - self.looked_at >= _LOOK_S)
 
     def _asked_to_stop(self) -> bool:
         import ray
 
         board = self.assignment.board
         return board is not None and ray.get(board.asked_to_stop.remote())
+
+    def _can_grow(self) -> bool:
+        found = self.missing is not None and self.missing.find_room()
+        if found:
+            say(f"training: there is room for {self.training.workers} workers, starting them")
+        return found
+
+    def _node_goes(self) -> bool:
+        """Whether a worker's node is announced to be taken away. Every worker calls this."""
+        import ray.train
+
+        self.looked_at = time.monotonic()
+        notice = ray.train.get_preemption_info()
+        if notice and self.first:
+            ranks = ", ".join(map(str, notice.preempted_ranks))
+            say(f"training: the node of worker {ranks} will be taken away, going on without it")
+        return notice is not None
 
     def _save(self) -> None:
         """Publish the trainer's state; only then those before it go."""

@@ -81,6 +81,9 @@ class Training(Section):
     """Pairs that one worker takes through the model at once."""
     workers: Execution[PositiveInt] = 1
     """Ray Train workers: one a GPU."""
+    min_workers: Execution[PositiveInt | None] = None
+    """Start with fewer where there is no room for all `workers`, down to this many, and take the
+    others in when there is; null waits for all. The global batch stays the same."""
     cpus_per_worker: Execution[PositiveFloat] = 1
     """Logical CPUs that a worker holds."""
     threads_per_worker: Execution[PositiveInt | None] = None
@@ -94,7 +97,15 @@ class Training(Section):
     save_minutes: Execution[PositiveFloat] = 30
     """Save the trainer's state so often within an epoch; it is always saved between two epochs, and
     when the run is told to stop (SIGTERM)."""
+    keep: Execution[Literal["each_epoch", "best_and_last", "last"]] = "each_epoch"
+    """Whose checkpoints stay once the run is evaluated: each epoch's, those of the best epoch on
+    validation and of the last, or the last one's alone. The others are removed then."""
     restarts: Execution[Annotated[int, Field(ge=0)]] = 3
     """How often training goes on by itself after a worker, or its node, was lost."""
     resample_timeout_s: Execution[PositiveFloat] = 3600
     """How long workers wait for the next epoch's pairs before they stop with a diagnosis."""
+
+    @property
+    def least_workers(self) -> int:
+        """The fewest workers that training runs with."""
+        return self.min_workers or self.workers

@@ -19,8 +19,8 @@ from serving.models import (
     TEACHER,
     best_epoch,
     evaluation_name,
-    published_epochs,
     student_id,
+    trained_epochs,
 )
 
 MEAN = "mean"
@@ -90,7 +90,7 @@ def chosen_result(cell: Cell, arm: str | None) -> UPath:
     """The file of the result that counts: the best epoch's, the base student's, the teacher's."""
     config = cell.stages[-1]
     run = _run_of(config)
-    epoch = best_epoch(run, published_epochs(run, config))
+    epoch = best_epoch(run, trained_epochs(run, config))
     trained = student_id(epoch) if epoch else BASE
     model = TEACHER if arm is None else BASE if arm == ZERO_SHOT else trained
     return run.evaluation(evaluation_name(model, "test"))

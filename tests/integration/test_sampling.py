@@ -11,9 +11,9 @@ import psutil
 import pytest
 import yaml
 
-from cluster import storage
 from cluster.config import RunConfig, parse_config
 from cluster.errors import BadInputError, RunError
+from cluster.publishing import discard_folder
 from cluster.run_folder import open_run
 from cluster.session import ray_session, result_of
 from cluster.storage import location, read_table
@@ -181,7 +181,7 @@ def test_the_resampler_goes_on_from_files_alone(config, monkeypatch):
     assert yaml.safe_load(run.config_file.read_text())["sampling"]["samples"] == 3
 
     # Other prompts at the same place are not mixed with the traces of the old ones.
-    storage.discard_folder(run.pairs(1))
+    discard_folder(run.pairs(1))
     monkeypatch.setattr(
         "pipeline.resampler.load_prompts", lambda *_: load_prompts(config.task, "train", 1)
     )

@@ -15,6 +15,7 @@ import pytest
 from cluster import storage
 from cluster.config import parse_config
 from cluster.errors import BadInputError, RunError
+from cluster.publishing import publish_folder, staging_folder
 from cluster.run_folder import RunFolder
 from cluster.session import ray_session
 from evals.stage import evaluate
@@ -60,13 +61,13 @@ def run(config, guesser):
 
     run = RunFolder(storage.location(config.run.folder))
     target = run.checkpoint(1)
-    folder = storage.staging_folder(target)
+    folder = staging_folder(target)
     shutil.copytree(guesser, folder, dirs_exist_ok=True)
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     torch.manual_seed(1)
     noisy = {name: tensor + torch.randn_like(tensor) for name, tensor in weights.items()}
     safetensors.torch.save_file(noisy, folder / "model.safetensors", {"format": "pt"})
-    storage.publish_folder(folder, target)
+    publish_folder(folder, target)
     return run
 
 

@@ -404,13 +404,17 @@ def _at_step(run: RunFolder, step: int, act: Callable[[], None]) -> threading.Th
     return thread
 
 
-def _assert_as_undisturbed(run: RunFolder, undisturbed: RunFolder) -> list[int]:
+def _assert_as_undisturbed(
+    run: RunFolder, undisturbed: RunFolder, within: float = 1e-6
+) -> list[int]:
     """Steps and losses are those of an undisturbed run; gives steps that were taken twice."""
     steps = [line["step"] for line in _metrics(run)]
     assert sorted(set(steps)) == list(range(1, 151))
     losses = {line["step"]: line["loss"] for line in _metrics(undisturbed)}
-    assert {line["step"]: line["loss"] for line in _metrics(run)} == pytest.approx(losses, abs=1e-6)
-    _assert_same_weights(_weights(run, 1), _weights(undisturbed, 1), atol=1e-6)
+    assert {line["step"]: line["loss"] for line in _metrics(run)} == pytest.approx(
+        losses, abs=within
+    )
+    _assert_same_weights(_weights(run, 1), _weights(undisturbed, 1), atol=within)
     return sorted({step for step in steps if steps.count(step) > 1})
 
 
@@ -429,6 +433,58 @@ def test_sigterm_saves_in_the_midst_of_an_epoch(undisturbed, tiny_llama, tmp_pat
     assert _assert_as_undisturbed(run, undisturbed) == [], "no step is lost"
 
 
+@ray.remote(num_cpus=4)
+class Holds:
+    """Another's work, which holds four of the eight CPUs from when there is room for it."""
+
+
+def _workers() -> list[psutil.Process]:
+    family = psutil.Process().children(recursive=True)
+    return [process for process in family if process.name().startswith("ray::RayTrainW")]
+
+
+ELASTIC = LONG | {"workers": 2, "min_workers": 1, "micro_batch": 2, "cpus_per_worker": 3}
+
+
+def test_training_starts_with_the_worker_that_finds_room_and_takes_in_the_other(
+    undisturbed, tiny_llama, tmp_path, capsys
+):
+    run, config = RunFolder(UPath(tmp_path)), _config(tmp_path, tiny_llama, **ELASTIC)
+    _publish_pairs(run, 1)
+    other = Holds.remote()
+    ray.get(other.__ray_ready__.remote())
+    _at_step(run, 20, lambda: ray.kill(other))
+    with watched_board() as board:
+        train(run, config, None, board)
+    said = capsys.readouterr().out
+    assert "starting 1 of 2 worker(s)" in said
+    assert said.index("room for 2 workers") < said.index("starting 2 worker(s)")
+    assert _assert_as_undisturbed(run, undisturbed, within=1e-5) == [], "no step is lost"
+
+
+def test_training_goes_on_with_one_worker_where_the_other_is_lost(
+    undisturbed, tiny_llama, tmp_path, capsys
+):
+    run = RunFolder(UPath(tmp_path))
+    config = _config(tmp_path, tiny_llama, save_minutes=0.01, **ELASTIC)
+    _publish_pairs(run, 1)
+    others = []
+
+    def lose_one() -> None:
+        others.append(Holds.remote())  # takes the place of the one that goes
+        _workers()[-1].kill()
+
+    losing = _at_step(run, 40, lose_one)
+    train(run, config, None)
+    assert not losing.is_alive()
+    said = capsys.readouterr().out
+    assert said.index("starting 2 worker(s)") < said.index("training lost worker")
+    assert said.index("training lost worker") < said.index("starting 1 of 2 worker(s)")
+    again = _assert_as_undisturbed(run, undisturbed, within=1e-5)
+    assert 1 not in again, "it did not begin anew"
+    ray.kill(others[0])
+
+
 def test_a_killed_worker_is_replaced_and_goes_on_from_the_last_saved_state(
     undisturbed, tiny_llama, tmp_path
 ):
@@ -437,10 +493,8 @@ def test_a_killed_worker_is_replaced_and_goes_on_from_the_last_saved_state(
     _publish_pairs(run, 1)
 
     def kill_worker() -> None:
-        family = psutil.Process().children(recursive=True)
-        for process in family:
-            if process.name().startswith("ray::RayTrainW"):
-                process.kill()
+        for process in _workers():
+            process.kill()
 
     killing = _at_step(run, 40, kill_worker)
     train(run, config, None)
