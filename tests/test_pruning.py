@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from transformers import LlamaForCausalLM as Llama
 
-from cluster import storage
+from cluster import publishing, storage
 from cluster.errors import BadInputError
 from cluster.publishing import is_published
 from pipeline.chat import load_chat
@@ -309,7 +309,7 @@ def test_an_interruption_leaves_nothing_behind(step, tiny_of, tmp_path, monkeypa
     def stop(*_):
         raise KeyboardInterrupt
 
-    owner = groups if step == "prune_layer" else storage
+    owner = groups if step == "prune_layer" else publishing
     monkeypatch.setattr(owner, step, stop)
     with pytest.raises(KeyboardInterrupt):
         prune_model(str(tiny_of("llama")), 0.2, str(tmp_path / "place/out"))
