@@ -98,7 +98,8 @@ def test_steps_are_written_every_few_seconds_of_the_monotonic_clock(tmp_path, mo
 
 def test_a_state_is_due_after_minutes_of_the_monotonic_clock(monkeypatch):
     trainer = object.__new__(Worker)
-    trainer.first, trainer.saved_at = True, time.monotonic()
+    trainer.first, trainer.missing = True, None
+    trainer.saved_at = trainer.looked_at = time.monotonic()
     trainer.training = type("Training", (), {"save_minutes": 30})
     trainer._asked_to_stop = lambda: False
     assert not trainer._wishes().save
