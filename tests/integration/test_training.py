@@ -22,22 +22,21 @@ from cluster import storage
 from cluster.config import RunConfig, parse_config
 from cluster.errors import RunError
 from cluster.progress import watched_board
-from cluster.publishing import MARKER, discard_folder, is_published, publish_folder, staging_folder
+from cluster.publishing import MARKER, discard_folder, is_published
 from cluster.run_folder import RunFolder
 from cluster.session import NO_DASHBOARD
 from cluster.soundness import set_aside_damaged
 from pipeline.anchors import asked_of
 from pipeline.chat import load_chat
 from pipeline.logprobs import ResponseLogProbs
-from pipeline.rows import Anchor, Pair, to_table
+from pipeline.rows import Anchor, to_table
+from tests.integration.pairs import PAIRS, WritesPairs, pair_of, publish_pairs
 from training.batches import count_batch, global_batches, tokenize_pair
 from training.objectives import Objective
 from training.stage import train
 from training.step import collate_pairs
 
 pytestmark = pytest.mark.integration
-
-PAIRS = 11  # 3 batches of 4, the last one partial
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,33 +53,9 @@ def ray_cluster():
     ray.shutdown()
 
 
-def _pair(index: int, epoch: int) -> Pair:
-    rejected = None if index % 4 == 3 else f"It is {index * 7 + epoch}."
-    return Pair(
-        prompt_id=f"p{index}",
-        prompt=f"Tom has {index} pens and buys 5 more. How many pens?",
-        chosen=f"{index} + 5 = {index + 5}. " * (1 + index % 3) + f"\\boxed{{{index + 5}}}",
-        rejected=rejected,
-        chosen_model="teacher",
-        chosen_epoch=0,
-        rejected_model=rejected and "student",
-        rejected_epoch=0 if rejected else None,
-        rejected_fallback=False,
-        chosen_finished=True,
-        rejected_finished=True if rejected else None,
-    )
-
-
-def _publish_pairs(run: RunFolder, epoch: int, count: int = PAIRS) -> None:
-    staging = staging_folder(run.pairs(epoch))
-    table = to_table(Pair, [_pair(index, epoch) for index in range(count)])
-    storage.write_table(table, UPath(staging / "pairs.parquet"))
-    publish_folder(staging, run.pairs(epoch))
-
-
 def _publish_scores(run: RunFolder, config: RunConfig) -> None:
     """Scores of the first epoch's pairs as if reference and teacher found a token's chance 1/e."""
-    pairs = [_pair(index, 1) for index in range(PAIRS)]
+    pairs = [pair_of(index, 1) for index in range(PAIRS)]
     chat = load_chat(Path(config.student.model))
     anchors = [
         Anchor(reader, text.key, "model", -float(len(chat.response_ids(text.response, True))), 1)
@@ -88,22 +63,6 @@ def _publish_scores(run: RunFolder, config: RunConfig) -> None:
         for text in asked_of(reader, pairs, config, chat)
     ]
     storage.write_table(to_table(Anchor, anchors), run.scores(1))
-
-
-@ray.remote(num_cpus=0)
-class WritesPairs:
-    """In the place of the real resampler."""
-
-    def __init__(self, run: RunFolder, counts: dict[int, int] | None = None, delay: float = 0):
-        self.run, self.counts, self.delay = run, counts or {}, delay
-
-    def prepare_epoch(self, epoch: int) -> dict[str, int]:
-        import time
-
-        time.sleep(self.delay)
-        assert is_published(self.run.checkpoint(epoch - 1)), "asked before its checkpoint"
-        _publish_pairs(self.run, epoch, self.counts.get(epoch, PAIRS))
-        return {}
 
 
 def _config(folder: Path, model: Path, **training) -> RunConfig:
@@ -133,7 +92,7 @@ def _train(folder: Path, model: Path, **training) -> RunFolder:
     run, config = RunFolder(UPath(folder)), _config(folder, model, **training)
     if not is_published(run.pairs(1)):
         run.root.mkdir(parents=True, exist_ok=True)
-        _publish_pairs(run, 1)
+        publish_pairs(run, 1)
     train(run, config, WritesPairs.remote(run))
     return run
 
@@ -209,7 +168,7 @@ def test_a_checkpoint_is_an_ordinary_model_and_only_it_is_kept(reference, tiny_l
 def halted(tiny_llama, tmp_path_factory) -> RunFolder:
     """A run of one worker in float32 that stopped between its two epochs: no pairs came."""
     run = RunFolder(UPath(tmp_path_factory.mktemp("halted")))
-    _publish_pairs(run, 1)
+    publish_pairs(run, 1)
     config = _config(run.root, tiny_llama, resample_timeout_s=15)
     with pytest.raises(RunError, match=r"pairs of epoch 2 did not come within 15 s: raise"):
         train(run, config, WritesPairs.remote(run, delay=60))
@@ -261,7 +220,7 @@ def test_a_run_may_go_on_with_other_workers_and_another_zero_stage(
 
 def test_a_sharded_run_in_bf16_may_go_on_whole(reference, tiny_llama, tmp_path):
     run = RunFolder(UPath(tmp_path))
-    _publish_pairs(run, 1)
+    publish_pairs(run, 1)
     config = _config(tmp_path, tiny_llama, precision="bf16", **SHARDED)
     with pytest.raises(RunError, match="epoch 2 has 5 pairs, expected 11"):
         train(run, config, WritesPairs.remote(run, {2: 5}))
@@ -296,7 +255,7 @@ def test_preferences_are_learned_alike_by_one_worker_and_by_two(training, tiny_l
     for layout in ({}, {"workers": 2, "micro_batch": 1, "zero_stage": 2}):
         run = RunFolder(UPath(tmp_path / str(len(both))))
         settings = training | {"epochs": 1, "global_batch": 4} | layout
-        _publish_pairs(run, 1)
+        publish_pairs(run, 1)
         _publish_scores(run, _config(run.root, tiny_llama, **settings))
         both.append(_metrics(_train(run.root, tiny_llama, **settings)))
     for one, two in zip(*both, strict=True):
@@ -331,7 +290,7 @@ def _first_loss(run: RunFolder, model: Path, epoch: int) -> float:
     student = AutoModelForCausalLM.from_pretrained(str(run.checkpoint(epoch - 1)))
     chat = load_chat(model)
     first = global_batches(PAIRS, training.global_batch, seed=3, epoch=epoch)[0]
-    pairs = [tokenize_pair(_pair(n, epoch), chat, 1024, contrast=True) for n in first]
+    pairs = [tokenize_pair(pair_of(n, epoch), chat, 1024, contrast=True) for n in first]
     counts = count_batch(pairs, score_prompt=False)
     batch = collate_pairs(pairs, chat.pad_id, share_prompts=False, score_prompt=False)
     with torch.no_grad():
@@ -345,7 +304,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_pairs(tin
     weights["model.norm.weight"][0] = float("inf")
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     run = RunFolder(UPath(tmp_path / "run"))
-    _publish_pairs(run, 1)
+    publish_pairs(run, 1)
     config = _config(tmp_path / "run", broken, workers=2, micro_batch=1)
     with pytest.raises(RunError, match=r"step 1: .* not finite") as caught:
         train(run, config, WritesPairs.remote(run))
@@ -369,7 +328,7 @@ def test_training_without_room_stops_and_says_so(tiny_llama, tmp_path, monkeypat
 
 def test_ctrl_c_in_training_is_an_interruption(tiny_llama, tmp_path):
     run, handler = RunFolder(UPath(tmp_path)), signal.getsignal(signal.SIGINT)
-    _publish_pairs(run, 1)
+    publish_pairs(run, 1)
 
     def interrupt():
         while not is_published(run.checkpoint(1)):
@@ -420,7 +379,7 @@ def _assert_as_undisturbed(
 
 def test_sigterm_saves_in_the_midst_of_an_epoch(undisturbed, tiny_llama, tmp_path, capsys):
     run, config = RunFolder(UPath(tmp_path)), _config(tmp_path, tiny_llama, **LONG)
-    _publish_pairs(run, 1)
+    publish_pairs(run, 1)
     _at_step(run, 20, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with watched_board() as board, pytest.raises(KeyboardInterrupt):
         train(run, config, None, board)
@@ -450,7 +409,7 @@ def test_training_starts_with_the_worker_that_finds_room_and_takes_in_the_other(
     undisturbed, tiny_llama, tmp_path, capsys
 ):
     run, config = RunFolder(UPath(tmp_path)), _config(tmp_path, tiny_llama, **ELASTIC)
-    _publish_pairs(run, 1)
+    publish_pairs(run, 1)
     other = Holds.remote()
     ray.get(other.__ray_ready__.remote())
     _at_step(run, 20, lambda: ray.kill(other))
@@ -467,7 +426,7 @@ def test_training_goes_on_with_one_worker_where_the_other_is_lost(
 ):
     run = RunFolder(UPath(tmp_path))
     config = _config(tmp_path, tiny_llama, save_minutes=0.01, **ELASTIC)
-    _publish_pairs(run, 1)
+    publish_pairs(run, 1)
     others = []
 
     def lose_one() -> None:
@@ -490,7 +449,7 @@ def test_a_killed_worker_is_replaced_and_goes_on_from_the_last_saved_state(
 ):
     run = RunFolder(UPath(tmp_path))
     config = _config(tmp_path, tiny_llama, save_minutes=0.01, **LONG)
-    _publish_pairs(run, 1)
+    publish_pairs(run, 1)
 
     def kill_worker() -> None:
         for process in _workers():
