@@ -185,6 +185,25 @@ def test_training_goes_on_where_workers_were_lost_and_not_where_it_failed(run, m
     assert capsys.readouterr().out.count("training lost worker 1 of 2: going on") == 2
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        "[/x/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:1",
+        "[/x/gloo/transport/tcp/pair.cc:554] Read error [10.0.0.2]:1: Connection reset by peer",
+        "NCCL error in: NCCLUtils.cpp:93, remote process exited\nncclRemoteError: A call failed",
+    ],
+)
+def test_a_peer_that_misses_another_tells_of_its_loss_before_ray_does(told):
+    with pytest.raises(WorkersLostError, match="training lost a worker of 2"):
+        _run(trainer(raises(WorkerGroupError("", {0: RuntimeError(told)}))))
+
+
+def test_a_bucket_that_breaks_a_connection_is_no_lost_worker():
+    with pytest.raises(RunError) as stopped:
+        _run(trainer(raises(WorkerGroupError("", {0: OSError("Connection reset by peer")}))))
+    assert not isinstance(stopped.value, WorkersLostError)
+
+
 def test_an_announced_loss_of_a_node_that_came_too_soon_is_a_loss_of_workers():
     with pytest.raises(WorkersLostError, match=r"lost a node, as was announced"):
         _run(trainer(raises(NODE_GONE)))

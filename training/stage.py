@@ -20,6 +20,8 @@ from cluster.session import own_error
 
 # Ray Train gives up on its workers after a minute; a node that an autoscaler adds takes longer.
 _WORKER_START_TIMEOUT_S = "900"
+# What gloo and NCCL say of a peer that is gone, as they do before Ray has missed its node.
+_PEER_GONE = re.compile("gloo/transport.*(closed|reset) by peer|ncclRemoteError")
 _OUT_OF_MEMORY = re.compile("memory pressure|low on memory|OutOfMemory|out of memory")
 
 
@@ -163,10 +165,11 @@ def _run(trainer: Any) -> None:
         traceback.print_exception(error)  # its pages go to the log
         failures = dict(sorted(getattr(error, "worker_failures", {}).items()))
         told = "\n".join(map(str, [error, *failures.values()]))
-        if (lost := _lost(failures)) and not _OUT_OF_MEMORY.search(told):
+        lost = _lost(failures)
+        if (lost or _PEER_GONE.search(told)) and not _OUT_OF_MEMORY.search(told):
+            who = f"worker {', '.join(map(str, lost))}" if lost else "a worker"
             raise WorkersLostError(
-                f"training lost worker {', '.join(map(str, lost))} of "
-                f"{trainer.scaling_config.num_workers}"
+                f"training lost {who} of {trainer.scaling_config.num_workers}"
             ) from error
         # Worker 0 knows most, and comes first.
         ours = next(filter(None, map(own_error, failures.values())), None)

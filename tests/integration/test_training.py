@@ -405,6 +405,7 @@ def _workers() -> list[psutil.Process]:
 ELASTIC = LONG | {"workers": 2, "min_workers": 1, "micro_batch": 2, "cpus_per_worker": 3}
 
 
+@pytest.mark.long
 def test_training_starts_with_the_worker_that_finds_room_and_takes_in_the_other(
     undisturbed, tiny_llama, tmp_path, capsys
 ):
