@@ -6,10 +6,11 @@ from cluster.config import parse_config
 from cluster.publishing import read_published
 from cluster.run_folder import RunFolder
 from cluster.storage import location, read_parquet
-from pipeline.resampler import MixedPolicyResampler, student_name
+from pipeline.resampler import MixedPolicyResampler
 from pipeline.rows import Pair, Sample, from_table
 from pipeline.sampling import plan_requests
 from pipeline.store import SampleStore
+from pipeline.traces import base_student, teacher
 
 RIGHT, WRONG = "It is \\boxed{%s}.", "It is %d, so \\boxed{-1}."
 EXAMPLE = {"question": "How many are two pens?", "answer": "\\boxed{2}"}
@@ -30,20 +31,20 @@ def resampler(tiny_llama, tmp_path, request):
     }
     config = parse_config(raw, "test")
     resampler = MixedPolicyResampler(RunFolder(location(config.run.folder)), config)
-    fill(resampler, "teacher", right=True)
-    fill(resampler, student_name(0), right=False)
+    fill(resampler, teacher("teacher", config), right=True)
+    fill(resampler, base_student(1, config), right=False)
     return resampler
 
 
-def fill(resampler, name, right, first=0):
-    writer = resampler._writer(name, 0)
+def fill(resampler, source, right):
+    writer = resampler._traces.writer(source)
     golds = {prompt.prompt_id: prompt.gold for prompt in resampler._prompts}
     store = SampleStore(location(resampler._config.run.store))
-    for request in plan_requests(writer, resampler._prompts, 4, 0, first):
+    for request in plan_requests(writer, resampler._prompts, 4, 0, source.first):
         index = request.sample_index
         text = RIGHT % golds[request.prompt_id] if right and index % 2 else WRONG % index
         row = (request.key, request.prompt_id, index, writer.weights.digest)
-        store.write([Sample(*row, f"{name} {text}", "stop", 3)])
+        store.write([Sample(*row, f"{source.name} {text}", "stop", 3)])
 
 
 def pairs_of(resampler, epoch) -> list[Pair]:
@@ -65,19 +66,19 @@ def test_negatives_may_be_the_teachers_wrong_traces(resampler):
     assert len(pairs) == 5 * 2
     assert all(pair.rejected.startswith("teacher") for pair in pairs)
     assert all(pair.rejected.endswith("\\boxed{-1}.") for pair in pairs)
-    assert not resampler._run.completions(student_name(0)).exists(), "no student is sampled"
+    assert not resampler._run.completions("student_000").exists(), "no student is sampled"
 
 
 @pytest.mark.parametrize("resampler", [{"draw": "recent"}, {}], indirect=True)
 def test_recent_asks_for_every_student_since_the_first_epoch(resampler, request):
     recent = resampler._config.pairs.draw == "recent"
     expected = ["student_002", "student_001"] if recent else ["student_002"]
-    assert resampler._later_students(3) == expected
+    assert [source.name for source in resampler._later_students(3)] == expected
 
 
 @pytest.mark.parametrize("resampler", [{"phi": 0, "base": "fresh"}], indirect=True)
 def test_fresh_negatives_of_the_base_student_are_sampled_before_they_are_needed(resampler):
-    fill(resampler, "base_002", right=False, first=4)
+    fill(resampler, base_student(2, resampler._config), right=False)
     assert {pair.rejected for pair in pairs_of(resampler, 1)} <= {
         f"student_000 {WRONG % index}" for index in range(4)
     }

@@ -14,6 +14,7 @@ from pipeline.resampler import MixedPolicyResampler
 from pipeline.rows import Pair, Trace, from_table
 from pipeline.tasks import load_prompts, user_message
 from pipeline.teachers import pool_teachers
+from pipeline.traces import teacher
 
 ENDPOINT = {"url": "https://api.example.com/v1"}
 LIMITED = {
@@ -230,6 +231,6 @@ def test_a_resampler_asks_with_the_keys_that_it_is_given(chat_server, tmp_path, 
     )
     run = RunFolder(storage.location(settings.run.folder))
     resampler = MixedPolicyResampler(run, settings, None, {"TEACHER_KEY": "of the driver"})
-    resampler.traces("teacher")
+    resampler._traces.of(teacher("teacher", settings))
     assert set(server.keys) == {"Bearer of the driver"}
     assert "of the driver" not in json.dumps(run.records())
