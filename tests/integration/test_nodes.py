@@ -54,6 +54,7 @@ def nodes():
 def undisturbed(guesser, free_port, tmp_path_factory) -> Recipe:
     recipe = write_recipe(tmp_path_factory.mktemp("undisturbed"), guesser, free_port())
     ended = go(recipe, OPTIONS[3:])
+    print(f"undisturbed: {ended.seconds:.0f} s")
     assert ended.code == 0, ended.screen
     return recipe
 
@@ -78,7 +79,7 @@ def test_a_run_goes_on_without_the_nodes_it_loses(nodes, undisturbed, guesser, f
         once(lambda: len(recipe.steps(1)) > 50, lambda: nodes.replace(training, "training")),
     ]
     ended = go(recipe, [f"cluster.address={nodes.cluster.address}", *OPTIONS])
-    print(ended.screen)
+    print(ended.screen, f"{ended.seconds:.0f} s")
     assert ended.code == 0, ended.screen
     assert not any(loss.is_alive() for loss in losses)
     assert "training lost worker 0 of 1: going on" in ended.screen

@@ -263,10 +263,14 @@ def test_an_engine_that_dies_in_the_midst_of_a_batch_loses_nothing(
     many = with_options(config, sampling={"samples": 20, "max_new_tokens": 100})
     student = writer(many, tiny_llama, prompts)
     stores = [SampleStore(location(str(tmp_path / name))) for name in ("calm", "disturbed")]
-    calm = by_key(sample(student, prompts, many, stores[0], on_gpu=False))
     folder = tmp_path / "disturbed"
+    started = time.monotonic()
+    calm = by_key(sample(student, prompts, many, stores[0], on_gpu=False))
+    middle = time.monotonic()
     killing = kill_once_under_way(killed, lambda: [*folder.rglob("*.parquet.ok")])
     disturbed = by_key(sample(student, prompts, many, stores[1], on_gpu=False))
+    longer = time.monotonic() - middle - (middle - started)
+    print(f"{killed}: sampling took {longer:.0f} s longer")
     killing.join(1)
     assert not killing.is_alive()
     assert sorted(stored_keys(folder)) == sorted(calm), "a sample is lost, or there twice"
