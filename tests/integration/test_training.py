@@ -182,6 +182,7 @@ def _copy(run: RunFolder, target: Path) -> RunFolder:
     return RunFolder(UPath(target))
 
 
+@pytest.mark.fault
 def test_training_goes_on_from_the_last_checkpoint_as_if_never_stopped(
     halted, reference, tiny_llama, tmp_path
 ):
@@ -193,6 +194,7 @@ def test_training_goes_on_from_the_last_checkpoint_as_if_never_stopped(
     assert len(_metrics(run)) == 6
 
 
+@pytest.mark.fault
 def test_a_damaged_student_is_made_again_as_it_was(reference, tiny_llama, tmp_path):
     run = _copy(reference, tmp_path)
     weights = run.checkpoint(1) / "model.safetensors"
@@ -205,23 +207,46 @@ def test_a_damaged_student_is_made_again_as_it_was(reference, tiny_llama, tmp_pa
     assert (run.checkpoint(2) / MARKER).stat().st_mtime_ns == later, "a whole one is kept"
 
 
-SHARDED = {"workers": 2, "micro_batch": 2, "zero_stage": 3}
+TWO = {"workers": 2, "micro_batch": 2}
+LONG_STAGES = [pytest.param(stage, marks=pytest.mark.long) for stage in (0, 1, 2)]
 
 
-def test_a_run_may_go_on_with_other_workers_and_another_zero_stage(
-    halted, reference, tiny_llama, tmp_path
+@pytest.mark.fault
+@pytest.mark.parametrize("zero_stage", [*LONG_STAGES, 3])
+def test_what_one_worker_began_two_may_end_at_any_zero_stage(
+    zero_stage, halted, reference, tiny_llama, tmp_path
 ):
     run = _copy(halted, tmp_path)
-    train(run, _config(tmp_path, tiny_llama, **SHARDED), WritesPairs.remote(run))
+    config = _config(tmp_path, tiny_llama, zero_stage=zero_stage, **TWO)
+    train(run, config, WritesPairs.remote(run))
     for ours, theirs in zip(_metrics(run), _metrics(reference), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5), ours["step"]
     _assert_same_weights(_weights(run, 2), _weights(reference, 2), atol=1e-5)
 
 
+@pytest.mark.fault
+@pytest.mark.long
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_what_two_workers_began_at_any_zero_stage_one_may_end(
+    zero_stage, reference, tiny_llama, tmp_path
+):
+    run = RunFolder(UPath(tmp_path))
+    publish_pairs(run, 1)
+    config = _config(tmp_path, tiny_llama, zero_stage=zero_stage, **TWO)
+    with pytest.raises(RunError, match="epoch 2 has 5 pairs, expected 11"):
+        train(run, config, WritesPairs.remote(run, {2: 5}))
+    discard_folder(run.pairs(2))
+    train(run, _config(tmp_path, tiny_llama), WritesPairs.remote(run))
+    for ours, theirs in zip(_metrics(run), _metrics(reference), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5), ours["step"]
+    _assert_same_weights(_weights(run, 2), _weights(reference, 2), atol=1e-5)
+
+
+@pytest.mark.fault
 def test_a_sharded_run_in_bf16_may_go_on_whole(reference, tiny_llama, tmp_path):
     run = RunFolder(UPath(tmp_path))
     publish_pairs(run, 1)
-    config = _config(tmp_path, tiny_llama, precision="bf16", **SHARDED)
+    config = _config(tmp_path, tiny_llama, precision="bf16", zero_stage=3, **TWO)
     with pytest.raises(RunError, match="epoch 2 has 5 pairs, expected 11"):
         train(run, config, WritesPairs.remote(run, {2: 5}))
     discard_folder(run.pairs(2))
@@ -377,6 +402,7 @@ def _assert_as_undisturbed(
     return sorted({step for step in steps if steps.count(step) > 1})
 
 
+@pytest.mark.fault
 def test_sigterm_saves_in_the_midst_of_an_epoch(undisturbed, tiny_llama, tmp_path, capsys):
     run, config = RunFolder(UPath(tmp_path)), _config(tmp_path, tiny_llama, **LONG)
     publish_pairs(run, 1)
@@ -445,6 +471,7 @@ def test_training_goes_on_with_one_worker_where_the_other_is_lost(
     ray.kill(others[0])
 
 
+@pytest.mark.fault
 def test_a_killed_worker_is_replaced_and_goes_on_from_the_last_saved_state(
     undisturbed, tiny_llama, tmp_path
 ):
