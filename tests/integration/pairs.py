@@ -1,4 +1,4 @@
-"""Pairs that a test writes in the place of the real resampler.
+"""Actors of the training tests: one writes pairs in the place of the real resampler.
 
 A module of its own, with few imports: a process of Ray's imports it for each actor.
 """
@@ -50,3 +50,8 @@ class WritesPairs:
         assert is_published(self.run.checkpoint(epoch - 1)), "asked before its checkpoint"
         publish_pairs(self.run, epoch, self.counts.get(epoch, PAIRS))
         return {}
+
+
+@ray.remote(num_cpus=4)
+class Holds:
+    """Another's work, which holds four of the eight CPUs from when there is room for it."""

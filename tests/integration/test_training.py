@@ -30,7 +30,7 @@ from pipeline.anchors import asked_of
 from pipeline.chat import load_chat
 from pipeline.logprobs import ResponseLogProbs
 from pipeline.rows import Anchor, to_table
-from tests.integration.pairs import PAIRS, WritesPairs, pair_of, publish_pairs
+from tests.integration.pairs import PAIRS, Holds, WritesPairs, pair_of, publish_pairs
 from training.batches import count_batch, global_batches, tokenize_pair
 from training.objectives import Objective
 from training.stage import train
@@ -418,11 +418,6 @@ def test_sigterm_saves_in_the_midst_of_an_epoch(undisturbed, tiny_llama, tmp_pat
     assert _assert_as_undisturbed(run, undisturbed) == [], "no step is lost"
 
 
-@ray.remote(num_cpus=4)
-class Holds:
-    """Another's work, which holds four of the eight CPUs from when there is room for it."""
-
-
 def _workers() -> list[psutil.Process]:
     family = psutil.Process().children(recursive=True)
     return [process for process in family if process.name().startswith("ray::RayTrainW")]
@@ -432,6 +427,7 @@ def _workers() -> list[psutil.Process]:
 ELASTIC = LONG | {"workers": 2, "min_workers": 1, "micro_batch": 2, "cpus_per_worker": 3}
 
 
+@pytest.mark.fault
 @pytest.mark.long
 def test_training_starts_with_the_worker_that_finds_room_and_takes_in_the_other(
     undisturbed, tiny_llama, tmp_path, capsys
@@ -450,6 +446,8 @@ def test_training_starts_with_the_worker_that_finds_room_and_takes_in_the_other(
     assert _assert_as_undisturbed(run, undisturbed, within=1e-5) == [], "no step is lost"
 
 
+@pytest.mark.fault
+@pytest.mark.long
 def test_training_goes_on_with_one_worker_where_the_other_is_lost(
     undisturbed, tiny_llama, tmp_path, capsys
 ):
