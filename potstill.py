@@ -45,7 +45,7 @@ RunPath = Annotated[str, typer.Argument(help="The folder or URL of a run.")]
 @app.command()
 def plan(config: RecipeOrTable, overrides: Overrides = None, arm: Arm = None) -> None:
     """Print what a run or a table would do and cost, and all it would refuse. Starts no model."""
-    from evals.runs import check_stages
+    from evals.runs import tell_plans
     from evals.tables.plan import describe_table
     from evals.tables.spec import is_table, load_table
 
@@ -57,7 +57,7 @@ def plan(config: RecipeOrTable, overrides: Overrides = None, arm: Arm = None) ->
         console().print(describe_table(*load_table(config)))
         return
     hush(cache_folder() / "logs" / "plan.log")
-    check_stages(load_recipe(config, overrides, arm), with_prompts=True)
+    tell_plans(load_recipe(config, overrides, arm))
 
 
 @app.command()

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 from cluster import sections
 from cluster.credentials import misplaced_credentials
 from cluster.errors import BadInputError
+from cluster.nodes import impossible_nodes
 from cluster.sections import EXECUTION, Section
 from cluster.teachers import impossible_judge, impossible_teachers, option_of
 
@@ -36,6 +37,7 @@ class RunConfig(Section):
     def _check_combinations(self) -> Self:
         problems = misplaced_credentials(self.model_dump())
         problems += _impossible_combinations(self) + impossible_teachers(self.teachers)
+        problems += impossible_nodes(self.cluster.nodes)
         if isinstance(self.task.verdict, sections.JudgeVerdict):
             problems += impossible_judge(self.task.verdict)
         if problems:
@@ -273,12 +275,14 @@ def _recipe_fields(section: Section, prefix: str) -> list[tuple[str, Any]]:
     found: list[tuple[str, Any]] = []
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
+        if EXECUTION in field.metadata:
+            continue
         if isinstance(value, Section):
             found += _recipe_fields(value, f"{prefix}{name}.")
         elif isinstance(value, tuple) and value and isinstance(value[0], Section):
             for place, item in enumerate(value):
                 found += _recipe_fields(item, f"{prefix}{name}[{place}].")
-        elif EXECUTION not in field.metadata:
+        else:
             plain = section.model_dump(mode="json", include={name})[name]
             found.append((f"{prefix}{name}", plain))
     return found

@@ -8,6 +8,10 @@ class BadInputError(ValueError):
     """A mistake in what the user gave: what, got, expected, and what to do. Exit code 2."""
 
 
+class OutOfReachError(BadInputError):
+    """What the user named is elsewhere, and out of reach from here; a plan goes on without it."""
+
+
 def remote_code_error(model: object) -> BadInputError:
     """What to raise for a model that only code of its own can load."""
     return BadInputError(

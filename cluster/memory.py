@@ -1,141 +1,211 @@
-"""Estimates of what a model takes: memory in an engine and in a trainer, and time to run it."""
+"""Estimates of the memory that a training worker and an engine take, part by part.
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+What is measured, and how near the estimates come: benchmarks/memory.md. Parts on a GPU follow from
+the same code, and their constants are assumed, as nothing has been measured there yet.
+"""
 
-from cluster.errors import BadInputError, remote_code_error
-from cluster.headers import Shapes, count_values, weight_shapes
-from cluster.sections import Engines, Training
+from dataclasses import dataclass, field
 
-# Floating-point operations a second that a small model reaches, for rough times. CPU figures are
-# a core's, measured with a 135M model in bf16; GPU figures are assumed, not yet measured.
-CPU_CORE_TRAINING, CPU_CORE_DECODING = 1.1e11, 4.5e10
-GPU_TRAINING, GPU_DECODING = 1.2e14, 4e13
+from cluster.sections import Dtype, Engines, Training
+from cluster.shapes import ModelShape
 
-_ENGINE_OVERHEAD = 1.3e9  # a process with torch and vLLM in it
-_TRAINER_OVERHEAD = 0.9e9  # a process with torch and DeepSpeed in it
-# Activations that a transformer layer keeps for its backward pass, in values of the hidden size a
-# token: about 34 in Korthikanti et al. (arXiv:2205.05198), for 16-bit values and a 4x MLP.
-_ACTIVATIONS_PER_LAYER = 17
-# What a config has where layers see a window, keep a state, or compress keys and values.
-_SMALL_CACHES = ("sliding_window", "layers_block_type", "kv_lora_rank")
-# How most families, and GPT-2's, end the name of the embeddings of tokens.
-_EMBEDDINGS = (".embed_tokens.weight", ".wte.weight")
+GIB = 1 << 30
+Parts = dict[str, float]  # bytes by the name of what takes them
+
+# A process before it has a model: Python, torch, transformers, DeepSpeed, and Ray.
+_TRAINER_PROCESS = 0.95e9
+# The three processes of an engine: the replica, vLLM's core, and its worker, 0.6 to 0.75e9 each.
+_ENGINE_PROCESSES = 1.95e9
+_BATCHED_TOKENS = 8192  # that an engine takes through the model at once (pipeline.engine)
+_SEQUENCES = 256  # that it samples at once: vLLM's limit
+_GPU_PROCESS = 1e9  # CUDA's context, its libraries' workspaces, NCCL's buffers
+_GPU_HOST_PROCESS = 4e9  # what a process that uses a GPU takes of the machine's memory
+# glibc keeps freed blocks of less than 32 MiB, as those of activations are, so a heap has holes.
+_HEAP = 1.4
+# Float32 arrays over the vocabulary that live at once for a scored token: its logits, the gradients
+# that the gather and the logsumexp send back, and an exponential between.
+_SCORES = 4
+_LARGEST_BUCKET = 5e8  # DeepSpeed's reduce_bucket_size
+_MOST_GATHERED = 1e9  # DeepSpeed's stage3_max_live_parameters
 
 
 @dataclass(frozen=True)
-class ModelShape:
-    """The numbers of a model folder that decide what it takes."""
+class Batch:
+    """The longest micro-batch of a worker."""
 
-    parameters: int
-    layers: int
-    hidden: int
-    heads: int
-    key_value_heads: int
-    head_size: int
-    vocabulary: int
-    context: int
-    full_attention: bool = True  # False where some layer keeps less than two vectors a token
+    rows: int
+    tokens: int
+    """Of a row."""
+    scored: int
+    """Of a row's tokens, those whose log-probability is asked."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What one process, or one engine with its processes, takes."""
+
+    host: Parts
+    """Of the machine's memory."""
+    gpu: Parts = field(default_factory=dict)
+    """Of each of its GPUs."""
 
     @property
-    def kv_values_per_token(self) -> int:
-        """Values in the KV cache for one token."""
-        return 2 * self.layers * self.key_value_heads * self.head_size
+    def host_gib(self) -> float:
+        """All of the machine's memory, in GiB."""
+        return sum(self.host.values()) / GIB
+
+    @property
+    def gpu_gib(self) -> float:
+        """All of a GPU's memory, in GiB."""
+        return sum(self.gpu.values()) / GIB
 
 
-def read_shape(folder: Path, trust_remote_code: bool = False) -> ModelShape:
-    """The shape of a Hugging Face folder, from its config and the headers of its weights.
+def width_of(dtype: Dtype) -> int:
+    """Bytes of a value."""
+    return 4 if dtype == "float32" else 2
 
-    Raises BadInputError where the config does not tell, is of a kind that transformers lacks, or of
-    another model than the weights, and where weights are not whole.
+
+def engine_memory(shape: ModelShape, dtype: Dtype, engines: Engines, on_gpu: bool) -> Memory:
+    """An engine. On a GPU the least that it must hold: its cache grows to gpu_memory_share."""
+    width, shards = width_of(dtype), engines.tensor_parallel
+    weights, batch = width * shape.parameters, _engine_batch(shape, width)
+    if on_gpu:
+        parts = {
+            "weights": weights / shards,
+            "KV cache": cache_bytes(shape, dtype, engines.max_model_len) / shards,
+            "batch": batch / shards,
+            "process": _GPU_PROCESS,
+        }
+        return Memory({"processes": _GPU_HOST_PROCESS}, parts)
+    return Memory(
+        {
+            "weights": weights,
+            # vLLM's layers keep a packed copy alone, but its head the plain one too, to embed with.
+            "packed head": width * shape.vocabulary * shape.hidden,
+            "KV cache": engines.kv_cache_gib * GIB * shards,
+            "batch": batch,
+            "processes": _ENGINE_PROCESSES + (shards - 1) * _ENGINE_PROCESSES / 3,
+        }
+    )
+
+
+def _engine_batch(shape: ModelShape, width: int) -> float:
+    """What a prefill of one layer holds, and the sampler: logits, probabilities and noise."""
+    prefill = width * _BATCHED_TOKENS * (3 * shape.mlp + 4 * shape.hidden)
+    return prefill + 3 * 4 * shape.vocabulary * _SEQUENCES
+
+
+def cache_bytes(shape: ModelShape, dtype: Dtype, tokens: int) -> float:
+    """The KV cache of a sequence; less where layers see a window (`shape.full_attention`)."""
+    return width_of(dtype) * shape.kv_values_per_token * tokens
+
+
+def trainer_memory(
+    shape: ModelShape,
+    training: Training,
+    batch: Batch,
+    on_gpu: bool,
+    teacher: tuple[ModelShape, Dtype] | None = None,
+) -> Memory:
+    """The peak of a training worker; `teacher` is loaded beside the student for token-level KL.
+
+    The peak comes with the backward pass or with the optimizer's step, which follow each other.
     """
-    config = _read_config(folder, trust_remote_code)
-    weights = weight_shapes(folder)
-    try:
-        heads, hidden = config.num_attention_heads, config.hidden_size
-        layers, vocabulary = config.num_hidden_layers, config.vocab_size
-    except AttributeError as error:
-        raise _unreadable(folder, error) from None
-    _check_vocabulary(folder, vocabulary, weights)
-    return ModelShape(
-        parameters=count_values(weights),
-        layers=layers,
-        hidden=hidden,
-        heads=heads,
-        key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_size=getattr(config, "head_dim", None) or hidden // heads,
-        vocabulary=vocabulary,
-        context=getattr(config, "max_position_embeddings", 0),
-        full_attention=_has_full_attention(config),
-    )
+    held, moved = _states(shape, training)
+    if teacher is not None:
+        held["teacher"] = width_of(teacher[1]) * teacher[0].parameters
+    step = _step(shape, training, on_gpu)
+    passing = _passing(shape, training, batch, 1 if on_gpu else _HEAP)
+    largest = passing if sum(passing.values()) > sum(step.values()) else step
+    if not on_gpu:
+        return Memory(held | moved | largest | {"process": _TRAINER_PROCESS})
+    host: Parts = {"process": _GPU_HOST_PROCESS} | moved
+    if training.offload != "none":  # Adam's step is taken where its moments are
+        host, largest = host | step, passing
+    return Memory(host, held | largest | {"process": _GPU_PROCESS})
 
 
-def _has_full_attention(config: Any) -> bool:
-    kinds = set(getattr(config, "layer_types", None) or ())
-    small = any(getattr(config, name, None) for name in _SMALL_CACHES)
-    return kinds <= {"full_attention"} and not small
+def _states(shape: ModelShape, training: Training) -> tuple[Parts, Parts]:
+    """What lives from step to step, each part shared by the fewest workers from its stage on.
 
-
-def _read_config(folder: Path, trust_remote_code: bool) -> Any:
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
-
-    try:
-        # Families name these fields differently; transformers knows GPT-2's n_layer by our names.
-        whole = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, AttributeError, TypeError, OSError) as error:
-        if "trust_remote_code" in str(error):
-            raise remote_code_error(folder) from None
-        raise _unreadable(folder, error) from None
-    if not trust_remote_code and type(whole) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise _unreadable(folder, f"model_type {whole.model_type!r} writes no text")
-    return whole.get_text_config()
-
-
-def _unreadable(folder: Path, error: object) -> BadInputError:
-    return BadInputError(
-        f"the shape of the model in {folder} cannot be read ({str(error).partition(chr(10))[0]}): "
-        "expected a causal language model whose config.json transformers can load"
-    )
-
-
-def _check_vocabulary(folder: Path, vocabulary: int, weights: Shapes) -> None:
-    for name, shape in weights.items():
-        if name.endswith(_EMBEDDINGS) and shape[0] != vocabulary:
-            raise BadInputError(
-                f"{folder}: config.json says vocab_size={vocabulary}, and the weights have "
-                f"{shape[0]} rows in {name}: bring both from one model"
-            )
-
-
-def engine_bytes(shape: ModelShape, engines: Engines) -> float:
-    """Memory of one sampling engine on a CPU, its process and its KV cache included."""
-    return _ENGINE_OVERHEAD + 2 * shape.parameters + engines.kv_cache_gib * (1 << 30)
-
-
-def training_bytes(shape: ModelShape, training: Training, row_tokens: int) -> float:
-    """Memory of one training worker, with `row_tokens` in the longest row of a micro-batch.
-
-    Parameters, gradients, and AdamW's float32 copy and moments, each shared by the workers (the
-    fewest that there may be) from its ZeRO stage on; activations of one micro-batch and float32
-    scores over the vocabulary.
+    The second is what is offloaded.
     """
-    size = 2 if training.precision == "bf16" else 4
-    trained = shape.parameters if training.lora is None else _lora_parameters(shape, training)
-    shared = [stage <= training.zero_stage for stage in (3, 2, 1)]
-    states = (size * shape.parameters, size * trained, 12 * trained)
-    total = _TRAINER_OVERHEAD + sum(
-        amount / (training.least_workers if is_shared else 1)
-        for amount, is_shared in zip(states, shared, strict=True)
-    )
-    tokens = training.micro_batch * row_tokens
-    layers = 2 if training.gradient_checkpointing else shape.layers
-    activations = size * _ACTIVATIONS_PER_LAYER * shape.hidden * layers * tokens
-    scores = 3 * 4 * shape.vocabulary * tokens / 2  # about half of a row's tokens are scored
-    return total + activations + scores
+    trained = _trained(shape, training)
+    parts = {
+        "weights": _width(training) * shape.parameters / _shared_by(training, 3),
+        "gradients": _width(training) * trained / _shared_by(training, 2),
+        # Two moments in float32, and a copy of the weights beside those that are not plain float32.
+        "optimizer": (8 if _is_plain(training) else 12) * trained / _shared_by(training, 1),
+    }
+    if training.zero_stage:
+        parts["buckets"] = _width(training) * min(trained, _LARGEST_BUCKET)
+    if training.zero_stage == 3 and training.least_workers > 1:
+        parts["gathered weights"] = _width(training) * min(shape.parameters, _MOST_GATHERED)
+    offloaded = {
+        "none": [],
+        "optimizer": ["optimizer"],
+        "parameters": ["optimizer", "weights"],
+    }[training.offload]
+    moved = {name: parts.pop(name) for name in offloaded}
+    return parts, moved
 
 
-def _lora_parameters(shape: ModelShape, training: Training) -> int:
-    assert training.lora is not None
-    # Seven linear layers a block, each about hidden x 2 hidden.
-    return 7 * shape.layers * training.lora.rank * 3 * shape.hidden
+def _step(shape: ModelShape, training: Training, on_gpu: bool) -> Parts:
+    """What Adam's step takes: gradients in float32, and the root of the second moments."""
+    trained = _trained(shape, training)
+    if training.zero_stage:  # the worker's share is one flat tensor
+        copies, largest = 4 * trained, trained
+    else:
+        copies = 0 if _is_plain(training) else 4 * trained
+        largest = min(trained, shape.vocabulary * shape.hidden)
+    # torch takes one tensor after the other on a CPU, with a second copy to divide by; all at once
+    # on a GPU.
+    roots = 4 * trained if on_gpu else 8 * largest
+    return {"Adam's step": (copies + roots) / _shared_by(training, 1)}
+
+
+def _passing(shape: ModelShape, training: Training, batch: Batch, heap: float) -> Parts:
+    """What a micro-batch keeps for its backward pass."""
+    width, tokens = _width(training), batch.rows * batch.tokens
+    layer = tokens * _values_kept(shape, width) + width * batch.rows * batch.tokens**2
+    if training.gradient_checkpointing:  # each layer's input, and one layer at a time
+        kept = layer + shape.layers * width * shape.hidden * tokens
+    else:
+        kept = layer * shape.layers
+    scored = batch.rows * batch.scored
+    if training.kl_weight:  # the teacher's chosen answers, beside the student's
+        scored *= 2
+    return {"activations": heap * kept, "scores": _SCORES * 4 * shape.vocabulary * scored}
+
+
+def _values_kept(shape: ModelShape, width: int) -> int:
+    """Bytes that a layer of a Llama keeps for each token, apart from its attention's mask.
+
+    The norms' inputs in float32, what they divide by and give; queries, keys and values once for
+    each head, and the attention's output twice; four vectors of the MLP: its gate before and after
+    the activation, what it gates, and the product.
+    """
+    normalised = shape.normalised or 2 * shape.hidden
+    attention = 5 * shape.heads * shape.head_size
+    return (4 + 2 * width) * normalised + width * (attention + 4 * shape.mlp)
+
+
+def _width(training: Training) -> int:
+    return 2 if training.precision == "bf16" else 4
+
+
+def _is_plain(training: Training) -> bool:
+    return training.precision == "fp32" and training.zero_stage == 0
+
+
+def _shared_by(training: Training, stage: int) -> int:
+    return training.least_workers if training.zero_stage >= stage else 1
+
+
+def _trained(shape: ModelShape, training: Training) -> int:
+    if training.lora is None:
+        return shape.parameters
+    # Four linear layers of the attention's width and three of the MLP's.
+    attention, mlp = shape.heads * shape.head_size, shape.mlp
+    inputs_and_outputs = 4 * (shape.hidden + attention) + 3 * (shape.hidden + mlp)
+    return shape.layers * training.lora.rank * inputs_and_outputs

@@ -29,3 +29,27 @@ def check_labels(text: str) -> str:
     """The text itself. Raises ValueError where it does not select labels."""
     label_selector(text)
     return text
+
+
+def labels_of(text: str | None) -> dict[str, str]:
+    """The labels of a node, "stage=training,market=spot". Raises ValueError for another form."""
+    labels = label_selector(text)
+    if any(value.startswith("!") for value in labels.values()):
+        raise ValueError("are labels that a node has: expected label=value, without a !")
+    return labels
+
+
+def check_own_labels(text: str) -> str:
+    """The text itself. Raises ValueError where it is not what a node has."""
+    labels_of(text)
+    return text
+
+
+def matches(selector: str | None, labels: str | None) -> bool:
+    """Whether a node with these labels is one of those that are selected."""
+    has = labels_of(labels)
+    wanted = label_selector(selector)
+    return all(
+        has.get(label) != value[1:] if value.startswith("!") else has.get(label) == value
+        for label, value in wanted.items()
+    )

@@ -196,6 +196,15 @@ def refuse_labels(config: RunConfig) -> None:
             )
 
 
+def refuse_nodes(config: RunConfig) -> None:
+    """Raise BadInputError where nodes are described, and the run starts Ray on this machine."""
+    if config.cluster.nodes:
+        raise BadInputError(
+            "cluster.nodes describes a cluster that is joined, but the run starts one on this "
+            "machine: set cluster.address to auto, as a job has it, or remove cluster.nodes"
+        )
+
+
 def uses_gpu(config: RunConfig) -> bool:
     """Whether models run on GPUs; `auto` asks the nodes that are up now."""
     import ray

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from upath import UPath
 
 from cluster.credentials import refuse_credentials
-from cluster.errors import BadInputError, RunError
+from cluster.errors import BadInputError, OutOfReachError, RunError
 
 
 def location(text: str) -> UPath:
@@ -42,7 +42,8 @@ def check_reachable(option: str, place: UPath) -> None:
     try:
         place.exists()
     except out_of_reach as error:
-        raise BadInputError(
+        kind = BadInputError if is_local(place) else OutOfReachError
+        raise kind(
             f"{option}={place} cannot be read ({error}): check the URL, the credentials of this "
             "machine and its rights"
         ) from None

@@ -15,32 +15,47 @@ from cluster.soundness import set_aside_damaged
 from cluster.storage import location, write_json
 
 
-def check_stages(configs: Sequence[RunConfig], with_prompts: bool = False) -> None:
-    """Print the plan of each stage. Raises BadInputError for all that they would refuse.
+def check_stages(configs: Sequence[RunConfig]) -> None:
+    """Print the plan of each stage of a run that is about to start.
 
-    `with_prompts` also prints a rendered prompt of each model, and the plan of what is refused.
+    Raises BadInputError for all that they would refuse, and for what is out of reach.
     """
     from pipeline.plan import describe_plan, plan_run
 
     plans = [plan_run(config) for config in configs]
-    refusals = _refusals(plans)
-    if with_prompts or not refusals:
-        for planned in plans:
-            console().print(describe_plan(planned, with_prompts))
-    if refusals:
-        raise BadInputError("; ".join(refusals))
+    _refuse(plans)
+    for planned in plans:
+        console().print(describe_plan(planned))
+
+
+def tell_plans(configs: Sequence[RunConfig]) -> None:
+    """Print the plan of each stage with a rendered prompt of each model, whatever is out of reach.
+
+    Raises BadInputError for what they refuse, after that.
+    """
+    from pipeline.plan import describe_plan, plan_run
+
+    plans = [plan_run(config) for config in configs]
+    for planned in plans:
+        console().print(describe_plan(planned, with_prompts=True))
+    _refuse(plans, with_unseen=False)
 
 
 def refuse_stages(configs: Iterable[RunConfig]) -> None:
     """Raise BadInputError for all that the plans of these stages would refuse; print nothing."""
     from pipeline.plan import plan_run
 
-    if refusals := _refusals(plan_run(config) for config in configs):
-        raise BadInputError("; ".join(refusals))
+    _refuse(plan_run(config) for config in configs)
 
 
-def _refusals(plans: Iterable[Any]) -> list[str]:
-    return list(dict.fromkeys(refusal for planned in plans for refusal in planned.refusals))
+def _refuse(plans: Iterable[Any], with_unseen: bool = True) -> None:
+    found = [
+        message
+        for planned in plans
+        for message in [*(planned.unseen if with_unseen else []), *planned.refusals]
+    ]
+    if found:
+        raise BadInputError("; ".join(dict.fromkeys(found)))
 
 
 def open_stages(configs: Sequence[RunConfig]) -> Iterator[tuple[RunFolder, RunConfig]]:

@@ -12,10 +12,10 @@ from cluster import storage
 from cluster.config import RunConfig, parse_config
 from cluster.endpoint_key import key_variable
 from cluster.errors import BadInputError
-from cluster.memory import read_shape
 from cluster.progress import say
 from cluster.sections import Serving
 from cluster.session import ray_session, refuse_taken_port, starts_own_cluster
+from cluster.shapes import read_shape
 from cluster.teachers import is_base_url
 from evals.accuracy import Answer, answers_table
 from evals.stage import measure

@@ -1,100 +1,115 @@
 """The plan of a run: what will run, on what, how much of it, and all that it would refuse."""
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from math import ceil
 from typing import TypeVar
 
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cluster import memory, sections
 from cluster.config import RunConfig
 from cluster.endpoint_key import refuse_open_endpoint
-from cluster.errors import BadInputError
+from cluster.errors import BadInputError, OutOfReachError
 from cluster.lock import refuse_held
 from cluster.publishing import is_published
 from cluster.run_folder import check_recipe
-from cluster.sections import Model
+from cluster.sections import Model, Nodes
 from cluster.session import (
     refuse_labels,
+    refuse_nodes,
     refuse_taken_port,
     refuse_too_few_cpus,
     starts_own_cluster,
 )
+from cluster.shapes import ModelShape, read_shape
 from cluster.storage import location
 from pipeline.chat import Chat, check_same_tokenizer
+from pipeline.fit import check_caches, check_folders, check_labels, misfits
 from pipeline.foreign_plan import plan_foreign
-from pipeline.pairs import draws_from_latest
+from pipeline.hub import known_shape
+from pipeline.models import resolve_model
+from pipeline.needs import Known, nodes_of, runs_on_gpu
+from pipeline.plan_rows import model_row, verdict, whereabouts, work_rows
 from pipeline.probing import Probe, Splits, check_training_length, probe_model
-from pipeline.room import check_room
+from pipeline.stages import stage_table
 from pipeline.tasks import load_prompts
 from pipeline.tasks.task import SPLITS
 from pipeline.verdicts.choice import check_verdict, has_verdicts
+from pipeline.work import ASSUMED_PROMPT, Sizes, known_sizes, local_teachers
 
-_GIB = 1 << 30
 _IDS_AT_AN_END = 12
-_ASSUMED_RIGHT = 0.5  # share of the teacher's traces, before any is sampled
 
 Found = TypeVar("Found")
 
 
 @dataclass
 class Plan:
-    """What a run would do. It may start where `refusals` is empty."""
+    """What a run would do. It may start where `refusals` and `unseen` are empty."""
 
     rows: list[tuple[str, str]] = field(default_factory=list)
     refusals: list[str] = field(default_factory=list)
+    unseen: list[str] = field(default_factory=list)
+    """What is out of reach from here; the plan is made without it."""
     rendered: list[tuple[str, str]] = field(default_factory=list)
+    known: Known | None = None
+    """What the stages are planned by, where it is enough."""
 
     def check(self, step: Callable[[], Found]) -> Found | None:
         """Take a step of planning; a mistake that it finds becomes a refusal."""
         try:
             return step()
+        except OutOfReachError as error:
+            self.leave_out(error)
         except BadInputError as error:
             if str(error) not in self.refusals:
                 self.refusals.append(str(error))
-            return None
+        return None
+
+    def leave_out(self, error: OutOfReachError) -> None:
+        """Go on without what is out of reach."""
+        if str(error) not in self.unseen:
+            self.unseen.append(str(error))
 
 
 def plan_run(config: RunConfig) -> Plan:
     """Look at configuration, data, run folder and model folders; start no model."""
-    plan = Plan()
-    plan.rows.append(("on", _whereabouts(config)))
-    plan.rows += [
-        ("code", f"{model} brings code of its own, which RUNS ({option}.trust_remote_code)")
-        for option, model in config.trusted_code.items()
-    ]
-    folder = plan.check(lambda: check_recipe(config))
-    plan.check(lambda: refuse_held(location(config.run.folder)))
-    plan.check(lambda: refuse_open_endpoint(config.serving.host))
-    if starts_own_cluster(config):
-        plan.check(lambda: refuse_taken_port(config.serving.host, config.serving.port))
-        plan.check(lambda: refuse_too_few_cpus(config))
-        plan.check(lambda: refuse_labels(config))
-    splits = plan.check(lambda: _load_splits(plan, config))
-    if splits is None:
+    plan, nodes = Plan(), nodes_of(config)
+    plan.rows += whereabouts(config, nodes)
+    folder_is_seen = plan.check(lambda: check_recipe(config)) is not None  # the store as well
+    for check in _checks_of_places(config, nodes):
+        plan.check(check)
+    data = plan.check(lambda: _look_at_data(plan, config))
+    if data is None:
         return plan
-    plan.check(
-        lambda: check_verdict(config.task, [one for part in splits.values() for one in part])
-    )
     plan.check(lambda: _check_negatives(config))
-    probes = _probe_models(plan, config, splits)
-    if student := probes.get("student"):
-        plan.check(lambda: check_training_length(config, student))
-        if folder:  # else the store may be out of reach
-            _plan_foreign_teachers(plan, config, splits, student.chat)
-        if probes.keys() == _models(config).keys():
-            if config.training.kl_weight:
-                teacher = probes["teacher"]
-                plan.check(lambda: check_same_tokenizer(teacher.chat, student.chat))
-            models = {name: (each, probes[name].shape) for name, each in _models(config).items()}
-            plan.check(lambda: check_room(config, models))
-            _plan_models(plan, config, probes)
-            _plan_work(plan, config, len(splits["train"]), probes)
+    sections = _models(config, folder_is_seen)
+    probes, models = _look_at_models(plan, sections, config, data)
+    if not isinstance(data, Sizes):
+        _check_together(plan, config, data, probes, folder_is_seen)
+    if models.keys() == sections.keys():
+        sizes = data if isinstance(data, Sizes) else _sizes(data, probes)
+        _plan_models(plan, models, probes)
+        _plan_work(plan, Known(config, models, sizes, nodes, bool(runs_on_gpu(config, nodes))))
     return plan
+
+
+def _checks_of_places(config: RunConfig, nodes: tuple[Nodes, ...]) -> list[Callable[[], object]]:
+    checks: list[Callable[[], object]] = [
+        lambda: refuse_held(location(config.run.folder)),
+        lambda: refuse_open_endpoint(config.serving.host),
+        lambda: check_folders(config, nodes),
+        lambda: check_labels(config, nodes),
+    ]
+    if starts_own_cluster(config):
+        checks += [
+            lambda: refuse_taken_port(config.serving.host, config.serving.port),
+            lambda: refuse_too_few_cpus(config),
+            lambda: refuse_labels(config),
+            lambda: refuse_nodes(config),
+        ]
+    return checks
 
 
 def _check_negatives(config: RunConfig) -> None:
@@ -105,18 +120,86 @@ def _check_negatives(config: RunConfig) -> None:
         )
 
 
-def _models(config: RunConfig) -> dict[str, Model]:
-    """The models that this cluster runs: teachers without an endpoint, and the student."""
-    local = {name: teacher for name, teacher in config.teachers.items() if not teacher.endpoint}
-    return {**local, "student": _student(config)}
+def _models(config: RunConfig, folder_is_seen: bool) -> dict[str, Model]:
+    """The models that this cluster runs.
+
+    The student is the one that an earlier stage will make it of, of the same shape, until it is
+    there.
+    """
+    student = config.student
+    if config.base_student:
+        made = folder_is_seen and is_published(location(student.model))
+        student = student if made else config.base_student
+    return {**local_teachers(config), "student": student}
 
 
-def _probe_models(plan: Plan, config: RunConfig, splits: Splits) -> dict[str, Probe]:
-    probes = {
-        name: plan.check(partial(probe_model, name, section, config, splits))
-        for name, section in _models(config).items()
-    }
-    return {name: probe for name, probe in probes.items() if probe}
+def _look_at_data(plan: Plan, config: RunConfig) -> Splits | Sizes:
+    """The prompts; their numbers alone where they are out of reach and their numbers known."""
+    try:
+        splits = {split: load_prompts(config.task, split, config.run.seed) for split in SPLITS}
+    except OutOfReachError as error:
+        sizes = known_sizes(config.task)
+        if sizes is None:
+            raise BadInputError(str(error)) from None
+        plan.leave_out(error)
+        return sizes
+    counts = ", ".join(f"{len(prompts)} {split}" for split, prompts in splits.items())
+    plan.rows += [("task", f"{config.task.name}: {counts} prompts"), ("verdict", verdict(config))]
+    prompts = [prompt for part in splits.values() for prompt in part]
+    plan.check(lambda: check_verdict(config.task, prompts))
+    return splits
+
+
+def _look_at_models(
+    plan: Plan, sections: Mapping[str, Model], config: RunConfig, data: Splits | Sizes
+) -> tuple[dict[str, Probe], dict[str, tuple[Model, ModelShape]]]:
+    """Probes of the models that are seen, and the shapes of these and of those that are known."""
+    splits = None if isinstance(data, Sizes) else data
+    probes, models = {}, {}
+    for name, section in sections.items():
+        seen = plan.check(partial(_look_at_model, plan, name, section, config, splits))
+        if isinstance(seen, Probe):
+            probes[name] = seen
+            models[name] = section, seen.shape
+        elif seen:
+            models[name] = section, seen
+    return probes, models
+
+
+def _look_at_model(
+    plan: Plan, name: str, section: Model, config: RunConfig, splits: Splits | None
+) -> Probe | ModelShape:
+    """A model with its prompts; its shape alone where either is out of reach and that known."""
+    try:
+        if splits:
+            return probe_model(name, section, config, splits)
+        return read_shape(resolve_model(section.model), section.trust_remote_code)
+    except OutOfReachError as error:
+        shape = known_shape(section.model)
+        if shape is None:
+            raise BadInputError(str(error)) from None
+        plan.leave_out(error)
+        return shape
+
+
+def _sizes(splits: Splits, probes: Mapping[str, Probe]) -> Sizes:
+    counts = {split: len(prompts) for split, prompts in splits.items()}
+    student = probes.get("student")
+    return Sizes(**counts, prompt=student.longest_prompt if student else ASSUMED_PROMPT)
+
+
+def _check_together(
+    plan: Plan, config: RunConfig, splits: Splits, probes: Mapping[str, Probe], store_is_seen: bool
+) -> None:
+    """What a student must have in common with its prompts and teachers."""
+    student = probes.get("student")
+    if student is None:
+        return
+    plan.check(lambda: check_training_length(config, student))
+    if store_is_seen:
+        _plan_foreign_teachers(plan, config, splits, student.chat)
+    if config.training.kl_weight and (teacher := probes.get("teacher")):
+        plan.check(lambda: check_same_tokenizer(teacher.chat, student.chat))
 
 
 def _plan_foreign_teachers(plan: Plan, config: RunConfig, splits: Splits, chat: Chat) -> None:
@@ -125,135 +208,23 @@ def _plan_foreign_teachers(plan: Plan, config: RunConfig, splits: Splits, chat: 
             plan.rows += plan.check(partial(plan_foreign, name, config, splits, chat)) or []
 
 
-def _student(config: RunConfig) -> Model:
-    """The student, or the one that an earlier stage will make it of, of the same shape."""
-    earlier = config.base_student
-    made = is_published(location(config.student.model)) if earlier else True
-    return config.student if made or earlier is None else earlier
+def _plan_work(plan: Plan, known: Known) -> None:
+    plan.known = known
+    if runs_on_gpu(known.config, known.nodes) is False:
+        plan.check(lambda: check_caches(known))
+    plan.refusals += misfits(known)
+    plan.rows += work_rows(known)
 
 
-def _whereabouts(config: RunConfig) -> str:
-    accelerator = {"auto": "GPUs where there are any", "cpu": "CPUs", "gpu": "GPUs"}
-    if starts_own_cluster(config):
-        place = f"a Ray cluster of its own on this machine, {os.cpu_count()} cores"
-    else:
-        place = f"the Ray cluster at {config.cluster.address or 'this job'}"
-    folders = f"run in {config.run.folder}, samples in {config.run.store}"
-    return f"{place}, with {accelerator[config.cluster.accelerator]}; {folders}"
-
-
-def _load_splits(plan: Plan, config: RunConfig) -> Splits:
-    splits = {split: load_prompts(config.task, split, config.run.seed) for split in SPLITS}
-    sizes = ", ".join(f"{len(prompts)} {split}" for split, prompts in splits.items())
-    plan.rows.append(("task", f"{config.task.name}: {sizes} prompts"))
-    plan.rows.append(("verdict", _verdict(config)))
-    return splits
-
-
-def _verdict(config: RunConfig) -> str:
-    match config.task.verdict:
-        case sections.FunctionVerdict() as verdict:
-            return f"by the function {verdict.function}"
-        case sections.UnitTestsVerdict() as verdict:
-            return f"by unit tests of at most {verdict.time_limit_s:g} CPU seconds"
-        case sections.JudgeVerdict() as verdict:
-            return f"by the judge {verdict.model} at {verdict.url}"
-    if has_verdicts(config.task):
-        return "by the answers of the data"
-    return "none: each answer of the teacher is chosen, each of the student rejected"
-
-
-def _plan_models(plan: Plan, config: RunConfig, probes: dict[str, Probe]) -> None:
-    for name, probe in probes.items():
-        engine = memory.engine_bytes(probe.shape, config.engines) / _GIB
-        millions = probe.shape.parameters / 1e6
-        size = f"{millions:,.0f} M" if millions >= 10 else f"{millions:.1f} M"
-        text = (
-            f"{probe.folder.name}: {size} parameters, longest prompt "
-            f"{probe.longest_prompt} tokens, {engine:.1f} GiB an engine"
-        )
-        plan.rows.append((name, text))
-        plan.rendered.append((f"{name} reads", repr(probe.chat.tokenizer.decode(probe.prompt_ids))))
-        plan.rendered.append(("as ids", _ends(probe.prompt_ids)))
-
-
-def _plan_work(plan: Plan, config: RunConfig, prompts: int, probes: dict[str, Probe]) -> None:
-    student = probes["student"]
-    training, samples = config.training, config.sampling.samples
-    if training.epochs == 0:
-        plan.rows.append(("training", "none: only base and teacher are evaluated"))
-        return
-    teachers = config.teachers.values()
-    contrasts = config.contrasts
-    refreshes = sum(
-        contrasts and draws_from_latest(epoch, config.pairs.phi_in(epoch))
-        for epoch in range(1, training.epochs + 1)
-    )
-    base = contrasts and config.pairs.negatives_from == "student"
-    fresh = sum(
-        base and config.pairs.base == "fresh" and config.pairs.phi_in(epoch) < 1
-        for epoch in range(2, training.epochs + 1)
-    )
-    students = int(base) + fresh + refreshes
-    traces = prompts * samples
-    pooled = sum(min(samples, each.traces_per_prompt or samples) for each in teachers)
-    per_prompt = min(pooled, config.pairs.positives_per_prompt or pooled)
-    share = _ASSUMED_RIGHT if has_verdicts(config.task) else 1.0
-    pairs = ceil(prompts * per_prompt * share)
-    per_epoch = training.steps_per_epoch or ceil(pairs / training.global_batch)
-    steps = training.epochs * per_epoch
-    row_tokens = min(
-        student.longest_prompt + 2 * config.sampling.max_new_tokens, 2 * training.max_length
-    )
-    worker = memory.training_bytes(student.shape, training, row_tokens) / _GIB
-    seconds = _seconds(config, traces, students, pairs, row_tokens, probes)
-    minutes = max(1, round(seconds / 60))
-    taught = "the teacher" if len(teachers) == 1 else f"each of {len(teachers)} teachers"
-    plan.rows += [
-        ("sampling", f"{traces} traces of {taught}, {students} x {traces} of students"),
-        *[("scoring", f"pairs of each epoch by {' and '.join(config.scored_by)}")]
-        * bool(config.scored_by),
-        ("engines", f"{config.engines.min_engines} to {config.engines.max_engines}"),
-        (
-            "training",
-            f"{training.method}, {training.epochs} epochs, about {pairs} pairs and {steps} steps "
-            f"in all (if {share:.0%} of the teacher's traces can be learned from), "
-            f"{_workers(training)} worker(s) of about {worker:.1f} GiB",
-        ),
-        ("files", f"{training.epochs} checkpoints of {_checkpoint_gib(student):.2g} GiB"),
-        ("time", f"roughly {minutes} min of sampling and training, if traces are long"),
-    ]
-
-
-def _workers(training: sections.Training) -> str:
-    least = training.least_workers
-    return f"{least} to {training.workers}" if least < training.workers else str(least)
-
-
-def _checkpoint_gib(student: Probe) -> float:
-    return 2 * student.shape.parameters / _GIB
-
-
-def _seconds(
-    config: RunConfig,
-    traces: int,
-    students: int,
-    pairs: int,
-    row_tokens: int,
-    probes: dict[str, Probe],
-) -> float:
-    student = probes["student"].shape.parameters
-    teachers = sum(probe.shape.parameters for probe in probes.values()) - student
-    cores = os.cpu_count() or 1
-    gpu = config.cluster.accelerator == "gpu"
-    decoding = memory.GPU_DECODING if gpu else memory.CPU_CORE_DECODING * cores
-    training = memory.GPU_TRAINING if gpu else memory.CPU_CORE_TRAINING * cores
-    tokens = traces * config.sampling.max_new_tokens
-    sampled = 2 * tokens * (teachers + students * student)
-    trained = 6 * config.training.epochs * pairs * row_tokens * student
-    workers = config.training.workers if gpu else 1
-    engines = config.engines.max_engines if gpu else 1
-    return sampled / (decoding * engines) + trained / (training * workers)
+def _plan_models(
+    plan: Plan, models: Mapping[str, tuple[Model, ModelShape]], probes: Mapping[str, Probe]
+) -> None:
+    for name, (section, shape) in models.items():
+        probe = probes.get(name)
+        plan.rows.append(model_row(name, section, shape, probe))
+        if probe:
+            text = probe.chat.tokenizer.decode(probe.prompt_ids)
+            plan.rendered += [(f"{name} reads", repr(text)), ("as ids", _ends(probe.prompt_ids))]
 
 
 def _ends(ids: list[int]) -> str:
@@ -264,9 +235,10 @@ def _ends(ids: list[int]) -> str:
     return " ".join(shown)
 
 
-def describe_plan(plan: Plan, with_prompts: bool = False) -> Table:
-    """The plan as a table for the terminal, below a rendered prompt of each model if asked."""
+def describe_plan(plan: Plan, with_prompts: bool = False) -> RenderableType:
+    """The plan as tables for the terminal, below a rendered prompt of each model if asked."""
     table = Table(show_header=False, box=None)
-    for name, value in (plan.rendered if with_prompts else []) + plan.rows:
+    unseen = [("not seen", message) for message in plan.unseen]
+    for name, value in (plan.rendered if with_prompts else []) + plan.rows + unseen:
         table.add_row(name, Text(value))
-    return table
+    return Group(table, Text(), stage_table(plan.known)) if plan.known else table

@@ -4,10 +4,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster import memory
 from cluster.config import RunConfig
 from cluster.errors import BadInputError
 from cluster.sections import Model
+from cluster.shapes import ModelShape, read_shape
 from pipeline.chat import Chat, check_chat, load_chat
 from pipeline.models import resolve_model
 from pipeline.rows import Prompt
@@ -26,7 +26,7 @@ class Probe:
     """A model of the run, with the ids of the longest prompt that it will answer."""
 
     folder: Path
-    shape: memory.ModelShape
+    shape: ModelShape
     chat: Chat
     prompt_ids: list[int]
 
@@ -44,7 +44,7 @@ def probe_model(name: str, section: Model, config: RunConfig, splits: Splits) ->
     head training cannot score, or whose weights it cannot change.
     """
     folder = resolve_model(section.model)
-    shape = memory.read_shape(folder, section.trust_remote_code)
+    shape = read_shape(folder, section.trust_remote_code)
     if name == "student" or (name == "teacher" and _reads_teacher(config)):
         _check_head(name, folder, section)
     chat = load_chat(folder, section.chat_template, section.trust_remote_code)
@@ -70,7 +70,7 @@ def _check_evaluation(
     config: RunConfig,
     splits: Splits,
     chat: Chat,
-    shape: memory.ModelShape,
+    shape: ModelShape,
 ) -> None:
     part = "serving" if config.evaluation.through == "endpoint" else "engines"
     _check_context(part, _context(part, config), name, shape)
@@ -83,7 +83,7 @@ def _context(part: str, config: RunConfig) -> int:
     return config.engines.max_model_len if part == "engines" else config.serving.max_model_len
 
 
-def _check_context(part: str, context: int, name: str, shape: memory.ModelShape) -> None:
+def _check_context(part: str, context: int, name: str, shape: ModelShape) -> None:
     if shape.context and context > shape.context:
         raise BadInputError(
             f"{part}.max_model_len={context} is more than the {name}'s own context of "
@@ -91,9 +91,7 @@ def _check_context(part: str, context: int, name: str, shape: memory.ModelShape)
         )
 
 
-def _check_vocabulary(
-    folder: Path, chat: Chat, shape: memory.ModelShape, prompt_ids: list[int]
-) -> None:
+def _check_vocabulary(folder: Path, chat: Chat, shape: ModelShape, prompt_ids: list[int]) -> None:
     # Of tokens that are added past the end, such as Gemma's for images, no text makes use.
     largest = max(chat.tokenizer.vocab_size - 1, chat.end_of_turn_id, *prompt_ids)
     if largest >= shape.vocabulary:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cluster.errors import BadInputError
-from cluster.memory import read_shape
+from cluster.shapes import read_shape
 from pipeline.chat import plain_ids
 from pipeline.logprobs import ResponseLogProbs, Row, collate
 

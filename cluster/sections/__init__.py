@@ -9,7 +9,7 @@ from cluster.sections.base import (
     Share,
 )
 from cluster.sections.models import Endpoint, FewShot, Model, Teacher
-from cluster.sections.run import Cluster, Run
+from cluster.sections.run import Cluster, Nodes, Run
 from cluster.sections.sampling import Engines, Pairs, Sampling, Scoring
 from cluster.sections.serving import Evaluation, Serving
 from cluster.sections.task import AnyVerdict, FunctionVerdict, JudgeVerdict, Task, UnitTestsVerdict
@@ -29,6 +29,7 @@ __all__ = [
     "JudgeVerdict",
     "Lora",
     "Model",
+    "Nodes",
     "NonNegativeFloat",
     "Pairs",
     "Run",

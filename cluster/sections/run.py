@@ -2,17 +2,19 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, PositiveInt
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt
 
-from cluster.placement import check_labels
+from cluster.placement import check_labels, check_own_labels
 from cluster.sections.base import (
     Execution,
+    NonEmpty,
     NonNegativeFloat,
     Place,
     Section,
 )
 
 Labels = Annotated[str, AfterValidator(check_labels)]
+OwnLabels = Annotated[str, AfterValidator(check_own_labels)]
 
 
 class Run(Section):
@@ -26,6 +28,29 @@ class Run(Section):
     """Seeds sampling, the drawing of pairs, and their order."""
 
 
+class Nodes(Section):
+    """Nodes of one kind, for the plan: what each has, and what it costs."""
+
+    name: NonEmpty
+    """What the plan calls them."""
+    min_count: Annotated[int, Field(ge=0)] = 0
+    """Nodes that are up, and paid for, whether anything runs on them or not."""
+    max_count: PositiveInt = 1
+    """Nodes at the most."""
+    cpus: PositiveFloat
+    """CPUs of a node."""
+    memory_gib: PositiveFloat
+    """Memory of a node."""
+    gpus: Annotated[int, Field(ge=0)] = 0
+    """GPUs of a node."""
+    gpu_memory_gib: PositiveFloat | None = None
+    """Memory of each of its GPUs."""
+    labels: OwnLabels | None = None
+    """Labels of a node, such as stage=training,market=spot."""
+    price_per_hour: NonNegativeFloat | None = None
+    """What an hour of a node costs, in any currency; null leaves the cost untold."""
+
+
 class Cluster(Section):
     """The Ray cluster that the run works on."""
 
@@ -34,8 +59,9 @@ class Cluster(Section):
     accelerator: Execution[Literal["auto", "cpu", "gpu"]] = "auto"
     """What models run on; auto takes GPUs where a node with one is up, so say gpu where nodes start
     on demand."""
-    gpu_hour_price: Execution[NonNegativeFloat | None] = None
-    """What an hour of one GPU costs, in any currency; a table's plan then tells its cost."""
+    nodes: Execution[tuple[Nodes, ...]] = ()
+    """The nodes of a cluster that is joined, so that `potstill plan` can tell hours, cost and what
+    does not fit; nothing else reads it. A run on this machine is planned for this machine."""
     logical_cpus: Execution[PositiveInt | None] = None
     """Logical CPUs of the cluster that `address: null` starts; null makes room for
     engines, workers and served models, and means at least eight."""

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 from upath import UPath
 
-from cluster.errors import BadInputError
+from cluster.errors import BadInputError, OutOfReachError
 from cluster.storage import check_reachable, location, read_table
 from pipeline.tasks.task import Row, Split
 
@@ -177,13 +177,13 @@ def _read_parquet(path: UPath) -> Located:
 
 
 def read_hub(hub_id: str, config: str | None) -> dict[Split, Located]:
-    """The splits of a data set of the hub. Raises BadInputError where it cannot be had."""
+    """The splits of a data set of the hub. Raises OutOfReachError where it cannot be had."""
     import datasets
 
     try:
         loaded = datasets.load_dataset(hub_id, config)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise BadInputError(
+        raise OutOfReachError(
             f"{hub_id} could not be loaded from the Hugging Face hub ({error}), and no file or "
             "folder of that name is here: check the name and the network, or set task.data to a "
             "local JSONL, JSON, CSV or Parquet file, or a folder of train, validation and test"
