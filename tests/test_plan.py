@@ -12,7 +12,8 @@ from cluster.config import parse_config
 from cluster.run_folder import RunFolder
 from cluster.storage import location
 from pipeline.plan import describe_plan, plan_run
-from pipeline.resampler import MixedPolicyResampler
+from pipeline.tasks import load_prompts
+from pipeline.traces import Traces, teacher
 
 
 @pytest.fixture
@@ -210,7 +211,10 @@ def test_an_endpoint_that_will_not_be_asked_any_more_need_not_be_there(
         "evaluation": {"teacher": False},
     }
     config = config_of(**options)
-    MixedPolicyResampler(RunFolder(location(config.run.folder)), config).traces("teacher")
+    prompts = load_prompts(config.task, "train", config.run.seed)
+    Traces(RunFolder(location(config.run.folder)), config, prompts, False).of(
+        teacher("teacher", config)
+    )
     server.models = 401
     plan = plan_run(config)
     assert not plan.refusals

@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections import defaultdict
+from itertools import count
 
 import pytest
 
@@ -179,12 +181,15 @@ def test_only_kept_traces_enter_and_one_beyond_a_cap_keeps_nobody_out():
 
 
 def test_the_pairs_of_two_teachers_say_whose_trace_each_is(chat_server, tmp_path):
-    golds = {}
+    golds, asked = {}, defaultdict(count)
     first = chat_server(lambda body: f"As ever, it is {box(body)}")
-    second = chat_server(lambda body: f"{WORDS[body['seed'] % 9]}, so {box(body)}")
+    second = chat_server(lambda body: f"{WORDS[next(asked[said(body)])]}, so {box(body)}")
+
+    def said(body):
+        return body["messages"][-1]["content"]
 
     def box(body):
-        return f"\\boxed{{{golds[body['messages'][-1]['content']]}}}"
+        return f"\\boxed{{{golds[said(body)]}}}"
 
     settings = config(
         {"endpoint": {"url": first.url}},
