@@ -79,6 +79,13 @@ def misfits(known: Known) -> Iterator[str]:
     """What does not fit the nodes: each kind of process alone, and trainers beside engines."""
     if not known.nodes:
         return
+    if known.on_gpu and not any(group.gpus for group in known.nodes):
+        there = " and ".join(map(describe, known.nodes))
+        yield (
+            f"cluster.accelerator=gpu, but {there} has no GPU: join a cluster with GPUs "
+            "(cluster.address, cluster.nodes), or set cluster.accelerator to cpu"
+        )
+        return
     alone = [kind for kind in _kinds(known) if place(kind.demands(known), known.nodes) is None]
     for kind in alone:
         yield _too_large(kind, known)

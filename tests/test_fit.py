@@ -22,6 +22,11 @@ def test_nothing_is_refused_where_nodes_are_not_known(known):
     assert list(misfits(known(nodes=(), training={"workers": 8}))) == []
 
 
+def test_gpus_that_are_nowhere_are_one_refusal(known):
+    (refusal,) = misfits(known([{"name": "plain", "cpus": 8, "memory_gib": 32}]))
+    assert refusal.startswith("cluster.accelerator=gpu, but plain (8 CPUs, 32 GiB) has no GPU")
+
+
 def test_trainers_that_leave_no_room_to_resample_are_refused(known):
     (refusal,) = misfits(known(training={"workers": 4}))
     assert refusal.startswith("No room for 1 engine of the teacher, each with 1 CPU, 1 GPU, ")

@@ -96,3 +96,16 @@ def test_a_teacher_beside_the_student_has_its_own_dtype(shape):
     training = Training(kl_weight=1.0)
     held = trainer_memory(shape, training, BATCH, False, teacher=(shape, "float32")).host
     assert held["teacher"] == 4 * shape.parameters
+
+
+def test_activations_worked_out_by_hand():
+    known = {"hidden": 10, "mlp": 40, "heads": 2, "key_value_heads": 1, "head_size": 5}
+    shape = ModelShape(parameters=1, layers=3, vocabulary=7, context=0, normalised=50, **known)
+    # A token of a layer in bf16: norms 50 x (4 + 2 + 2), attention 5 x 10 x 2, MLP 4 x 40 x 2
+    # bytes, 820 in all. Two rows of 100 tokens have 200 tokens, and masks of 2 x 100 x 100 x 2.
+    passing = trainer(shape, on_gpu=True, batch=Batch(2, 100, 50)).gpu
+    assert passing["activations"] == 3 * (200 * 820 + 40_000)
+    # Recomputed: one layer, and the input of each, 10 x 2 bytes a token.
+    options = {"on_gpu": True, "gradient_checkpointing": True}
+    recomputed = trainer(shape, batch=Batch(2, 100, 50), **options).gpu
+    assert recomputed["activations"] == 200 * 820 + 40_000 + 3 * 200 * 20
