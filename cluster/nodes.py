@@ -16,6 +16,8 @@ class Demand:
     """Processes of one kind, and what each asks of a node."""
 
     what: str
+    model: str
+    """Which it holds."""
     count: int
     cpus: float
     gpus: float
@@ -86,9 +88,16 @@ def _take(demand: Demand, nodes: list[_Node], groups: Sequence[Nodes]) -> bool:
 
 def describe(group: Nodes) -> str:
     """A group of nodes in a few words."""
-    gpus = f", {group.gpus} GPUs of {group.gpu_memory_gib:g} GiB" if group.gpus else ""
+    has = [counted(group.cpus, "CPU")]
+    if group.gpus:
+        has.append(f"{counted(group.gpus, 'GPU')} of {group.gpu_memory_gib:g} GiB")
     count = f"{group.max_count} x " if group.max_count > 1 else ""
-    return f"{count}{group.name} ({group.cpus:g} CPUs{gpus}, {group.memory_gib:.4g} GiB)"
+    return f"{count}{group.name} ({', '.join(has)}, {group.memory_gib:.4g} GiB)"
+
+
+def counted(count: float, noun: str) -> str:
+    """ "1 CPU", "2 CPUs"."""
+    return f"{count:g} {noun}{'' if count == 1 else 's'}"
 
 
 def impossible_nodes(groups: Sequence[Nodes]) -> list[str]:

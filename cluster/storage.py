@@ -18,7 +18,7 @@ from cluster.errors import BadInputError, OutOfReachError, RunError
 
 
 def location(text: str) -> UPath:
-    """A path or URL as one kind of object; relative paths become absolute.
+    """A path or URL as one kind of object; file:// URLs and relative paths become absolute paths.
 
     Raises BadInputError for a URL with a password or a token in it, of an unknown protocol or of no
     place, and for an unknown user's home.
@@ -33,7 +33,7 @@ def location(text: str) -> UPath:
         ) from None
     if "://" in text and not path.path.strip("/"):
         raise BadInputError(f"{text} names no place: give a URL such as s3://bucket/folder")
-    return path if path.protocol else path.absolute()
+    return UPath(path.path).absolute() if is_local(path) else path
 
 
 def check_reachable(option: str, place: UPath) -> None:

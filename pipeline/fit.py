@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from cluster.config import RunConfig
 from cluster.errors import BadInputError
 from cluster.memory import GIB, cache_bytes
-from cluster.nodes import Demand, describe, place
+from cluster.nodes import Demand, counted, describe, place
 from cluster.placement import matches
 from cluster.sections import Engines, Nodes, Serving
 from cluster.storage import is_local, location
@@ -79,6 +79,13 @@ def misfits(known: Known) -> Iterator[str]:
     """What does not fit the nodes: each kind of process alone, and trainers beside engines."""
     if not known.nodes:
         return
+    if known.on_gpu and not any(group.gpus for group in known.nodes):
+        there = " and ".join(map(describe, known.nodes))
+        yield (
+            f"cluster.accelerator=gpu, but {there} has no GPU: join a cluster with GPUs "
+            "(cluster.address, cluster.nodes), or set cluster.accelerator to cpu"
+        )
+        return
     alone = [kind for kind in _kinds(known) if place(kind.demands(known), known.nodes) is None]
     for kind in alone:
         yield _too_large(kind, known)
@@ -119,7 +126,7 @@ def _beside_trainers(known: Known) -> list[Demand]:
 def _too_large(kind: _Kind, known: Known) -> str:
     (demand,) = kind.demands(known)
     return (
-        f"{_in_words(demand)} find no room on {_nodes_for(demand, known)}. "
+        f"No room for {_in_words(demand)} on {_nodes_for(demand, known)}. "
         f"{ways_out(known, kind.demands, kind.options)}"
     )
 
@@ -127,23 +134,22 @@ def _too_large(kind: _Kind, known: Known) -> str:
 def _full(kind: _Kind, known: Known) -> str:
     config, (workers, warm) = known.config, kind.demands(known)
     why = (
-        "sample and score between epochs, while trainers hold their place whatever engines."
-        "between_epochs says"
+        "engines sample and score between epochs, while trainers hold their place whatever "
+        "engines.between_epochs says"
         if asks_engines_while_training(config)
-        else "stay warm beside trainers (engines.between_epochs=keep)"
+        else "engines stay warm beside trainers (engines.between_epochs=keep)"
     )
     return (
-        f"{_in_words(workers)} fill {_nodes_for(workers, known)} so that no room is left for "
-        f"{_in_words(warm)}, which {why}. {ways_out(known, kind.demands, kind.options)}"
+        f"No room for {_in_words(warm)} on {_nodes_for(warm, known)} beside {_in_words(workers)} "
+        f"on {_nodes_for(workers, known)}: {why}. {ways_out(known, kind.demands, kind.options)}"
     )
 
 
 def _in_words(demand: Demand) -> str:
-    holds = [f"{demand.cpus:g} CPUs"] * bool(demand.cpus) + [f"{demand.gpus:g} GPUs"] * bool(
-        demand.gpus
-    )
-    each = ", ".join([*holds, parts_of(demand.memory)])
-    return f"{demand.count} x {demand.what} with {each}"
+    held = {"CPU": demand.cpus, "GPU": demand.gpus}
+    each = [counted(count, noun) for noun, count in held.items() if count]
+    what = f"{counted(demand.count, demand.what)} of the {demand.model}"
+    return f"{what}, each with {', '.join([*each, parts_of(demand.memory)])},"
 
 
 def _nodes_for(demand: Demand, known: Known) -> str:

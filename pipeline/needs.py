@@ -76,9 +76,10 @@ def trainers(known: Known, count: int | None = None) -> Demand:
     student = known.models["student"][1]
     return Demand(
         what="training worker",
+        model="student",
         count=count or training.workers,
         cpus=_cpus(training.cpus_per_worker, config),
-        gpus=known.on_gpu,
+        gpus=int(known.on_gpu),
         memory=trainer_memory(student, training, batch, known.on_gpu, teacher),
         selector=config.cluster.training_nodes,
     )
@@ -89,7 +90,8 @@ def engines(known: Known, name: str, count: int) -> Demand:
     config, options = known.config, known.config.engines
     section, shape = known.models[name]
     return Demand(
-        what=f"engine of the {name}",
+        what="engine",
+        model=name,
         count=count,
         cpus=_cpus(options.cpus_per_engine * options.tensor_parallel, config),
         gpus=options.tensor_parallel * known.on_gpu,
@@ -104,7 +106,8 @@ def served(known: Known) -> Demand:
     """The models that answer an evaluation at once: one, which makes room for the next, or all."""
     config, serving = known.config, known.config.serving
     everything = serving.resident == "all"
-    section, shape = max(known.models.values(), key=lambda found: found[1].parameters)
+    name = max(known.models, key=known.parameters.__getitem__)
+    section, shape = known.models[name]
     options = Engines(
         kv_cache_gib=serving.kv_cache_gib,
         max_model_len=serving.max_model_len,
@@ -112,6 +115,7 @@ def served(known: Known) -> Demand:
     )
     return Demand(
         what="served model",
+        model=name,
         count=config.training.epochs + len(known.models) if everything else 1,
         cpus=_cpus(CPUS_PER_SERVED_MODEL, config),
         gpus=serving.gpus_per_model * known.on_gpu,

@@ -5,7 +5,7 @@ import os
 from cluster import sections
 from cluster.config import RunConfig
 from cluster.memory import GIB
-from cluster.nodes import describe
+from cluster.nodes import counted, describe
 from cluster.sections import Model, Nodes
 from cluster.session import starts_own_cluster
 from cluster.shapes import ModelShape
@@ -84,8 +84,16 @@ def work_rows(known: Known) -> Rows:
             f"{training.method}, {training.epochs} epochs, about {pairs} pairs and {steps} steps "
             f"in all (if {right_share(config):.0%} of the teacher's traces can be learned from)",
         ),
-        ("files", f"{training.epochs} checkpoints of {checkpoint:.2g} GiB"),
+        ("files", f"{counted(training.epochs, 'checkpoint')} of {checkpoint:.2g} GiB"),
         ("worker", parts_of(trainers(known).memory)),
-        *((f"{name}'s engine", parts_of(engines(known, name, 1).memory)) for name in known.models),
+        *((f"{name}'s engine", _engine(known, name)) for name in known.models),
         ("hours", f"{caveat(known.on_gpu)}; what the store holds takes none"),
     ]
+
+
+def _engine(known: Known, name: str) -> str:
+    parts = parts_of(engines(known, name, 1).memory)
+    if not known.on_gpu:
+        return parts
+    share = known.config.engines.gpu_memory_share
+    return f"at least {parts}; its cache grows until {share:.0%} of the GPU is full"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from rich.table import Table
 
-from cluster.nodes import Demand, place
+from cluster.nodes import Demand, counted, place
 from cluster.sections import Nodes
 from cluster.speed import LONGEST, SHORTEST, Span, Work, hours_between
 from pipeline.needs import Known, engines, largest_engine, served, trainers
@@ -141,47 +141,45 @@ def _price_per_hour(demands: Sequence[Demand], nodes: Sequence[Nodes]) -> float 
 
 def stage_table(known: Known) -> Table:
     """The stages as a table for the terminal, a line each, and their sum."""
-    columns = ("stage", "processes", "each", "tokens", "hours", "cost")
+    priced = any(group.price_per_hour is not None for group in known.nodes)
+    columns = ["stage", "processes", "each", "tokens", "hours", *["cost"] * priced]
     table = Table(*columns, box=None, pad_edge=False)
     found = [(stage, costs_of(stage, known)) for stage in stages_of(known)]
     for stage, costs in found:
         tokens = Span(stage.work(SHORTEST).tokens, stage.work(LONGEST).tokens)
-        least = known.config.engines.min_engines if "engine" in stage.demand.what else None
-        table.add_row(
-            stage.name,
-            _processes(stage.demand, least),
-            _each(stage.demand),
-            _millions(tokens),
-            _between(costs.hours, 2),
-            _between(costs.money, 0),
-        )
-    every = [costs for _, costs in found]
-    hours, money = ([getattr(each, name) for each in every] for name in ("hours", "money"))
-    table.add_row("all", "", "", "", _between(_total(hours), 2), _between(_total(money), 0))
+        cells = [_processes(stage.demand, known), _each(stage.demand), _tokens(tokens)]
+        cells += [_between(costs.hours, 2), *[_between(costs.money, 0)] * priced]
+        table.add_row(stage.name, *cells)
+    hours, money = (
+        _total([getattr(costs, part) for _, costs in found]) for part in ("hours", "money")
+    )
+    table.add_row("all", "", "", "", _between(hours, 2), *[_between(money, 0)] * priced)
     return table
 
 
-def _processes(demand: Demand, least: int | None) -> str:
-    count = str(demand.count) if least in (None, demand.count) else f"{least} to {demand.count}"
-    return f"{count} x {demand.what}"
+def _processes(demand: Demand, known: Known) -> str:
+    most, least = counted(demand.count, demand.what), known.config.engines.min_engines
+    varies = demand.what == "engine" and least < demand.count
+    return f"{least} to {most}" if varies else most
 
 
 def _each(demand: Demand) -> str:
     memory = demand.memory
-    parts = [f"{demand.cpus:g} CPUs"] if demand.cpus else []
+    parts = [counted(demand.cpus, "CPU")] if demand.cpus else []
     if demand.gpus:
-        parts.append(f"{demand.gpus:g} GPUs of {memory.gpu_gib:.1f} GiB")
+        parts.append(f"{counted(demand.gpus, 'GPU')} of {memory.gpu_gib:.1f} GiB")
     return ", ".join([*parts, f"{memory.host_gib:.1f} GiB"])
 
 
-def _millions(tokens: Span) -> str:
-    return " to ".join(f"{amount / 1e6:,.3g} M" for amount in (tokens.low, tokens.high))
+def _tokens(tokens: Span) -> str:
+    unit, size = ("M", 1e6) if tokens.high >= 1e6 else ("k", 1e3)
+    return f"{tokens.low / size:,.3g} to {tokens.high / size:,.3g} {unit}"
 
 
 def _between(span: Span | None, digits: int) -> str:
     if span is None:
         return "?"
-    return " to ".join(f"{amount:,.{digits}f}" for amount in (span.low, span.high))
+    return f"{span.low:,.{digits}f} to {span.high:,.{digits}f}"
 
 
 def _total(spans: Sequence[Span | None]) -> Span | None:

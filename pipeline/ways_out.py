@@ -12,22 +12,29 @@ from pipeline.needs import Known
 
 Options = Mapping[str, Any]  # dotted option -> value
 _MOST_SHOWN = 4
+_HALVINGS = 16
 
 
 def of_trainers(config: RunConfig) -> list[Options]:
-    """What makes training workers smaller or fewer."""
+    """What makes training workers smaller or fewer, the fewest changes first."""
     training = config.training
-    return [
+    passing: list[Options] = [
+        {},
         {"training.gradient_checkpointing": True},
         {"training.micro_batch": 1},
         {"training.gradient_checkpointing": True, "training.micro_batch": 1},
+    ]
+    states: list[Options] = [
+        {},
         *({"training.zero_stage": stage} for stage in range(training.zero_stage + 1, 4)),
-        {"training.zero_stage": max(1, training.zero_stage), "training.offload": "optimizer"},
+        {"training.zero_stage": max(2, training.zero_stage), "training.offload": "optimizer"},
         {"training.zero_stage": 3, "training.offload": "parameters"},
         {"training.lora": {"rank": 16}},
-        {"training.workers": training.workers // 2},
-        {"training.min_workers": 1},
     ]
+    both = [{**some, **others} for some in states for others in passing]
+    fewer: list[Options] = [{"training.min_workers": 1}]
+    fewer += _halved("training.workers", training.workers)
+    return sorted([*both, *fewer], key=len)
 
 
 def of_engines(config: RunConfig) -> list[Options]:
@@ -35,10 +42,10 @@ def of_engines(config: RunConfig) -> list[Options]:
     engines = config.engines
     return [
         {"engines.between_epochs": "release"},
-        {"engines.min_engines": engines.min_engines // 2},
-        {"engines.kv_cache_gib": engines.kv_cache_gib / 2},
+        *_halved("engines.min_engines", engines.min_engines),
+        *_halved("engines.kv_cache_gib", engines.kv_cache_gib),
         *({"engines.tensor_parallel": engines.tensor_parallel * times} for times in (2, 4, 8)),
-        {"engines.max_model_len": engines.max_model_len // 2},
+        *_halved("engines.max_model_len", engines.max_model_len),
     ]
 
 
@@ -47,11 +54,19 @@ def of_serving(config: RunConfig) -> list[Options]:
     serving = config.serving
     return [
         {"serving.resident": "best"},
-        {"serving.kv_cache_gib": serving.kv_cache_gib / 2},
+        *_halved("serving.kv_cache_gib", serving.kv_cache_gib),
         *({"serving.gpus_per_model": max(1.0, times * serving.gpus_per_model)} for times in (2, 4)),
-        {"serving.max_model_len": serving.max_model_len // 2},
+        *_halved("serving.max_model_len", serving.max_model_len),
         {"evaluation.through": "engines"},
     ]
+
+
+def _halved(option: str, value: float) -> list[Options]:
+    """Half, a quarter, and so on; whole numbers stay whole."""
+    smaller = (value / 2**times for times in range(1, _HALVINGS))
+    if isinstance(value, int):
+        return [{option: int(each)} for each in smaller if each >= 1]
+    return [{option: each} for each in smaller]
 
 
 def ways_out(
@@ -59,7 +74,11 @@ def ways_out(
 ) -> str:
     """A sentence on the options that would let the demands fit, or that none does by itself."""
     options = [each for each in options if not _is_set(known.config, each)]
-    fitting = [each for each in options if _fits(known, demands, each)]
+    fitting: list[Options] = []
+    for each in options:
+        more_than_enough = any(fits.keys() <= each.keys() for fits in fitting)
+        if not more_than_enough and _fits(known, demands, each):
+            fitting.append(each)
     if fitting:
         shown = ", or with ".join(map(_in_words, fitting[:_MOST_SHOWN]))
         return f"It fits with {shown}; or with more or larger nodes"
@@ -100,4 +119,4 @@ def _text(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {each}" for key, each in value.items()) + "}"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -52,6 +52,76 @@ def free_port() -> Callable[[], int]:
 
 
 @pytest.fixture
+def config_of(tiny_llama, tmp_path):
+    """Configurations of a small run, with sections as they are given."""
+    from cluster.config import parse_config
+
+    def config(**sections):
+        raw = {
+            "run": {"folder": str(tmp_path / "run")},
+            "cluster": {"address": "auto"},
+            "task": {
+                "name": "word_problems",
+                "train_prompts": 10,
+                "validation_prompts": 2,
+                "test_prompts": 3,
+            },
+            "teacher": {
+                "model": str(tiny_llama),
+                "few_shot": [{"question": "1 + 1?", "answer": r"\boxed{2}"}],
+            },
+            "student": {"model": str(tiny_llama)},
+            "sampling": {"samples": 4, "max_new_tokens": 32},
+            "engines": {"max_model_len": 512},
+            "serving": {"max_model_len": 512},
+            "training": {"epochs": 3, "global_batch": 4},
+        }
+        raw["further_teachers"] = sections.pop("further_teachers", [])
+        for section, options in sections.items():
+            raw.setdefault(section, {}).update(options)
+        return parse_config(raw, "test")
+
+    return config
+
+
+@pytest.fixture
+def plan_of(config_of):
+    """Plans of such runs."""
+    from pipeline.plan import plan_run
+
+    return lambda **sections: plan_run(config_of(**sections))
+
+
+@pytest.fixture
+def known():
+    """What a plan knows of a run with two Qwen2.5, on these nodes; by default on four GPUs."""
+    from cluster.config import parse_config
+    from pipeline.hub import known_shape
+    from pipeline.needs import Known, nodes_of, runs_on_gpu
+    from pipeline.work import Sizes, local_models
+
+    gpus = {"name": "all", "cpus": 16, "memory_gib": 128, "gpus": 4, "gpu_memory_gib": 80}
+
+    def look(nodes=(gpus,), cluster=None, teacher="7", student="0.5", **sections):
+        where = {"address": "auto", "accelerator": "gpu", "nodes": list(nodes)} | (cluster or {})
+        raw = {
+            "run": {"folder": "s3://bucket/run", "store": "s3://bucket/store"},
+            "task": {"name": "gsm8k"},
+            "teacher": {"model": f"Qwen/Qwen2.5-{teacher}B-Instruct"},
+            "student": {"model": f"Qwen/Qwen2.5-{student}B-Instruct"},
+            "cluster": where,
+        }
+        config = parse_config(raw | sections, "test")
+        sized = local_models(config).items()
+        models = {name: (section, known_shape(section.model)) for name, section in sized}
+        there = nodes_of(config)
+        on_gpu = bool(runs_on_gpu(config, there))
+        return Known(config, models, Sizes(100, 10, 10), there, on_gpu)
+
+    return look
+
+
+@pytest.fixture
 def bucket(monkeypatch):
     """The URL of an empty bucket on an S3 server of this machine."""
     from tests.buckets import serving, storage

@@ -45,7 +45,7 @@ OPTIONS = {
     "training.keep=none": "'each_epoch', 'best_and_last' or 'last'",
     "training.max_length=20": "no room for a response in .*: raise it",
     "engines.max_model_len=60": "do not fit in .*: raise it or lower the new tokens",
-    "engines.kv_cache_gib=100000": "take about .* GiB, and this machine has .*: lower them",
+    "engines.kv_cache_gib=100000": "No room for 1 engine .* on this machine .* fits with .*gib=",
     "engines.kv_cache_gib=0.00001": "holds no sequence of .*len=128 .*: raise it to 6.1e-05",
     "serving.kv_cache_gib=0.00001": "holds no sequence of .*len=128 .*: raise it to 6.1e-05",
     "sampling.max_new_tokens=128": "leaves no room for a prompt .*: raise the context or lower",

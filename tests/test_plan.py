@@ -8,47 +8,11 @@ import shutil
 import pytest
 from rich.console import Console
 
-from cluster.config import parse_config
 from cluster.run_folder import RunFolder
 from cluster.storage import location
 from pipeline.plan import describe_plan, plan_run
 from pipeline.tasks import load_prompts
 from pipeline.traces import Traces, teacher
-
-
-@pytest.fixture
-def config_of(tiny_llama, tmp_path):
-    def config(**sections):
-        raw = {
-            "run": {"folder": str(tmp_path / "run")},
-            "cluster": {"address": "auto"},
-            "task": {
-                "name": "word_problems",
-                "train_prompts": 10,
-                "validation_prompts": 2,
-                "test_prompts": 3,
-            },
-            "teacher": {
-                "model": str(tiny_llama),
-                "few_shot": [{"question": "1 + 1?", "answer": r"\boxed{2}"}],
-            },
-            "student": {"model": str(tiny_llama)},
-            "sampling": {"samples": 4, "max_new_tokens": 32},
-            "engines": {"max_model_len": 512},
-            "serving": {"max_model_len": 512},
-            "training": {"epochs": 3, "global_batch": 4},
-        }
-        raw["further_teachers"] = sections.pop("further_teachers", [])
-        for section, options in sections.items():
-            raw.setdefault(section, {}).update(options)
-        return parse_config(raw, "test")
-
-    return config
-
-
-@pytest.fixture
-def plan_of(config_of):
-    return lambda **sections: plan_run(config_of(**sections))
 
 
 def rows(plan):

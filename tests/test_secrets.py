@@ -18,7 +18,7 @@ from cluster.recipes import load_recipe
 from cluster.run_folder import open_run
 from evals.accuracy import Asking, answers_table, ask_all
 from evals.report import write_report
-from evals.runs import check_stages
+from evals.runs import tell_plans
 from evals.stage import answers_file
 from pipeline.endpoint import ChatEndpoint, ChatRequest, chat_all, check_endpoint
 from pipeline.rows import Prompt
@@ -84,7 +84,7 @@ def written_below(folder):
 def test_a_run_writes_none_of_the_planted_keys(recipe, keys, repeats_keys, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["potstill", "run", str(recipe), "run.seed=1"])
     (config,) = load_recipe(recipe, ["run.seed=1"])
-    check_stages([config], with_prompts=True)
+    tell_plans([config])
     run = open_run(config)
     prompts = [Prompt("p1", "1 + 1?", "number", "2")]
     asking = Asking(repeats_keys.url, "big", 8, key_variable="TEACHER_API_KEY")

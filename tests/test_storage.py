@@ -140,3 +140,7 @@ def test_a_bucket_without_credentials_is_named_with_its_option(bucket, monkeypat
     S3FileSystem.clear_instance_cache()
     with pytest.raises(BadInputError, match=r"run.folder=s3://bucket/run cannot be read .*credent"):
         check_reachable("run.folder", location(f"{bucket}/run"))
+
+
+def test_a_file_url_is_a_path(tmp_path):
+    assert location(f"file://{tmp_path}/run") == location(str(tmp_path / "run"))

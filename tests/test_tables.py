@@ -184,7 +184,7 @@ def test_every_shipped_table_has_a_plan(path):
     for student, arms in described.published.items():
         assert set(arms) <= known[student]
     assert describe_table(described, cells).row_count == len(described.blocks) + 2 + (
-        cells[0].stages[0].cluster.gpu_hour_price is not None
+        bool(cells[0].stages[0].cluster.nodes)
     )
 
 
@@ -293,7 +293,13 @@ def test_a_table_goes_on_at_the_cells_that_are_not_done(spec, monkeypatch):
 SIZES = {
     "teacher.parameters": 7_000_000_000,
     "student.parameters": 1_000_000_000,
-    "cluster.gpu_hour_price": 2.0,
+    "cluster.nodes": [
+        {"name": "large", "cpus": 8, "memory_gib": 64, "gpus": 4, "gpu_memory_gib": 80}
+        | {"labels": "stage=training", "price_per_hour": 16},
+        {"name": "small", "cpus": 4, "memory_gib": 16, "gpus": 1, "gpu_memory_gib": 24}
+        | {"price_per_hour": 1},
+    ],
+    "cluster.training_nodes": "stage=training",
 }
 
 
@@ -307,7 +313,7 @@ def costs(spec, **more):
 
 def test_a_table_tells_its_cost_without_weights_or_data(spec):
     rows, cells, steps, hours = costs(spec)
-    assert rows[-1] == "cost at 2 a GPU hour"
+    assert rows[-1] == "cost, by cluster.nodes"
     assert cells[1:3] == ["12", "12"]
     least, most = (float(hour) for hour in hours[-2].split(" to "))
     assert 0 < least < most
@@ -315,6 +321,10 @@ def test_a_table_tells_its_cost_without_weights_or_data(spec):
     assert [sum(column) for column in zip(*parts, strict=True)] == pytest.approx(
         [least, most], abs=0.2
     )
+    low, high = (float(cost.replace(",", "")) for cost in hours[-1].split(" to "))
+    # A GPU costs 4 an hour where students train, 1 where engines answer.
+    assert least < low < 4 * least
+    assert most < high < 4 * most
     # Half of 8 traces of 7473 and 1119 prompts, two epochs of batches of 32; two arms and seeds.
     per_arm = 2 * (-(-7473 * 4 // 32) + -(-1119 * 4 // 32))
     assert steps[1] == f"{2 * 2 * per_arm:,}"
