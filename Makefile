@@ -2,7 +2,7 @@
 .PHONY: help quickstart cross-family miniature test units integration faults check format lock audit clean
 INTEGRATION ?= $(shell ls -S tests/integration/test_*.py)
 FAULTS = $(shell grep -lE "mark.(fault|long)" $$(ls -S tests/integration/test_*.py))
-JOBS ?= 2
+JOBS ?= 1
 export PYTHON
 
 help:
@@ -44,8 +44,8 @@ units: .venv/cpu.installed .venv/gemma.installed .venv/dev.installed
 	@.venv/bin/pytest -m "not gpu and not integration and not long"
 
 # A process for each file: Ray, vLLM and DeepSpeed leave state behind in the one that they ran in.
-# Two at once (JOBS), as each waits for processes that start; the longest first. Where all tests of a
-# file are long ones, pytest has none to run, and says so by 5.
+# One after the other: on two cores, several at once (JOBS) take as long. Where all tests of a file are
+# long ones, pytest has none to run, and says so by 5.
 integration: .venv/cpu.installed .venv/gemma.installed .venv/dev.installed
 	@$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync $(INTEGRATION:%=one/%)
 

@@ -38,7 +38,11 @@ def cluster_config(address: str) -> dict:
         for stage in ("training", "sampling")
     }
     head = {"resources": {"CPU": 2}, "node_config": {}, "max_workers": 0}
+    commands = ("setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
     return {
+        **{f"{name}_commands": [] for name in ("initialization", *commands)},
+        "auth": {},
+        "file_mounts": {},
         "cluster_name": "here",
         "provider": PROVIDER | {"gcs_address": address},
         "max_workers": 2,
