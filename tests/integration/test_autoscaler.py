@@ -15,6 +15,7 @@ from tests.integration.runs import end, go, write_recipe
 pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(1200)]
 
 HEAD = f"{0:056x}".replace("0", "f", 51)
+HEAD_TYPE = "ray.head.default"  # as the provider calls it
 IDLE_S, START_LIMIT_S = 12, 90
 # The provider's own defaults lack a file in Ray's package; as an external one it needs none.
 PROVIDER = {
@@ -23,6 +24,18 @@ PROVIDER = {
     "head_node_id": HEAD,
     "launch_multiple": True,
 }
+
+
+LISTS = """initialization_commands setup_commands head_setup_commands worker_setup_commands
+    head_start_ray_commands worker_start_ray_commands
+    cluster_synced_files rsync_exclude rsync_filter"""
+# What the provider's defaults would fill in.
+FILLED_IN = {
+    "auth": {},
+    "docker": {},
+    "file_mounts": {},
+    "file_mounts_sync_continuously": False,
+} | {name: [] for name in LISTS.split()}
 
 
 def cluster_config(address: str) -> dict:
@@ -38,17 +51,15 @@ def cluster_config(address: str) -> dict:
         for stage in ("training", "sampling")
     }
     head = {"resources": {"CPU": 2}, "node_config": {}, "max_workers": 0}
-    commands = ("setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
     return {
-        **{f"{name}_commands": [] for name in ("initialization", *commands)},
-        "auth": {},
-        "file_mounts": {},
+        **FILLED_IN,
         "cluster_name": "here",
         "provider": PROVIDER | {"gcs_address": address},
         "max_workers": 2,
         "idle_timeout_minutes": IDLE_S / 60,
-        "head_node_type": "head",
-        "available_node_types": nodes | {"head": head},
+        "upscaling_speed": 10,
+        "head_node_type": HEAD_TYPE,
+        "available_node_types": nodes | {HEAD_TYPE: head},
     }
 
 
@@ -65,7 +76,7 @@ def address(free_port, tmp_path, monkeypatch):
         "RAY_enable_autoscaler_v2": "1",
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD,
         "RAY_CLOUD_INSTANCE_ID": HEAD,
-        "RAY_NODE_TYPE_NAME": "head",
+        "RAY_NODE_TYPE_NAME": HEAD_TYPE,
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
     }.items():
         monkeypatch.setenv(name, value)
