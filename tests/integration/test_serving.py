@@ -289,13 +289,14 @@ class Asked:
 
 
 def under_load(url, model, tries_again, until) -> list[Asked]:
-    """What LOAD callers ask, each one request after the other, until a time."""
+    """What LOAD callers ask, one request after the other each; the last is sent after a time."""
     import openai
 
     def call(number: int) -> list[Asked]:
         found = []
         with openai.OpenAI(base_url=url, api_key="none", max_retries=tries_again) as client:
-            while (sent := time.monotonic()) < until():
+            while not found or found[-1].sent < until():
+                sent = time.monotonic()
                 try:
                     text = complete(client, model, "Hello").choices[0].message.content
                 except openai.APIError:
