@@ -1,8 +1,8 @@
 """A run's configuration as a whole: what must go together, and one clear error for what cannot."""
 
-from typing import Any, Self, get_args
+from typing import Any, Self
 
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 
 from cluster import sections
 from cluster.credentials import misplaced_credentials
@@ -10,6 +10,7 @@ from cluster.errors import BadInputError
 from cluster.nodes import impossible_nodes
 from cluster.sections import EXECUTION, Section
 from cluster.teachers import impossible_judge, impossible_teachers, option_of
+from cluster.validation import described
 
 
 class RunConfig(Section):
@@ -222,48 +223,7 @@ def parse_config(raw: Any, source: str) -> RunConfig:
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        raise BadInputError(f"{source}: {_describe(error)}") from None
-
-
-def _describe(error: ValidationError) -> str:
-    lines = []
-    for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            lines.append(f"{where} is not an option{_options_near(problem['loc'])}")
-        elif problem["type"] == "missing":
-            lines.append(f"{where} is missing: set it")
-        elif problem["type"] == "union_tag_not_found":
-            lines.append(
-                f"{where}.{problem['ctx']['discriminator'].strip(chr(39))} is missing: set it"
-            )
-        elif problem["type"] == "value_error" and isinstance(problem["input"], str):
-            lines.append(f"{where}={problem['input']!r} {problem['ctx']['error']}")
-        elif problem["type"] == "value_error":
-            lines.append(str(problem["ctx"]["error"]))
-        else:
-            lines.append(f"{where}={problem['input']!r}: {problem['msg'].lower()}")
-    return "; ".join(lines)
-
-
-def _options_near(location: tuple[int | str, ...]) -> str:
-    model: Any = RunConfig
-    for part in location[:-1]:
-        if isinstance(part, int):  # a place in a list of sections
-            continue
-        field = model.model_fields.get(part)
-        model = _section_in(field.annotation) if field else None
-        if model is None:
-            return ""
-    return f": options here are {', '.join(model.model_fields)}"
-
-
-def _section_in(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field is, may be, or lists."""
-    for kind in (annotation, *get_args(annotation)):
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
-    return None
+        raise BadInputError(f"{source}: {described(error, RunConfig)}") from None
 
 
 def recipe_of(config: RunConfig) -> dict[str, Any]:

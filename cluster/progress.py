@@ -170,6 +170,10 @@ def _bars() -> Progress:
     )
 
 
+State = tuple[int, int, dict[str, float]]  # pieces done, pieces in all, figures
+Report = tuple[str, State | None]  # a line, or a piece of work with its state
+
+
 class Board:
     """Between the driver and remote work: reports one way, a request to stop the other way.
 
@@ -178,16 +182,16 @@ class Board:
 
     def __init__(self) -> None:
         self._can_save = self._asked_to_stop = False
-        self._lines: list[str] = []
-        self._bars: dict[str, tuple[int, int, dict[str, float]]] = {}
+        self._reports: list[Report] = []
 
     def say(self, text: str) -> None:
         """Keep a line for the driver."""
-        self._lines.append(text)
+        self._reports.append((text, None))
 
     def update(self, description: str, done: int, total: int, figures: dict[str, float]) -> None:
         """Keep the newest state of one piece of work."""
-        self._bars[description] = (done, total, figures)
+        self._reports = [r for r in self._reports if r[1] is None or r[0] != description]
+        self._reports.append((description, (done, total, figures)))
 
     def set_can_save(self, can_save: bool) -> None:
         """Whether remote work would now save what it has done when it is asked to stop."""
@@ -202,10 +206,9 @@ class Board:
         """Whether remote work is to end."""
         return self._asked_to_stop
 
-    def take(self) -> tuple[list[str], dict[str, tuple[int, int, dict[str, float]]]]:
-        """Give what came since the last call."""
-        taken = self._lines, self._bars
-        self._lines, self._bars = [], {}
+    def take(self) -> list[Report]:
+        """Give what came since the last call, in the order of time."""
+        taken, self._reports = self._reports, []
         return taken
 
 
@@ -242,13 +245,14 @@ def _watch(board: Any, stop: threading.Event) -> None:
         bars.start()
     while True:
         last = stop.wait(_BOARD_INTERVAL_S)
-        lines, states = ray.get(board.take.remote())
-        for description, (done, total, figures) in states.items():
-            if description not in shown:
-                shown[description] = Bar(description, total, bars)
-            shown[description].reach(done, **figures)
-        for line in lines:
-            say(line)
+        for text, state in ray.get(board.take.remote()):
+            if state is None:
+                say(text)
+                continue
+            done, total, figures = state
+            if text not in shown:
+                shown[text] = Bar(text, total, bars)
+            shown[text].reach(done, **figures)
         if last:
             break
     if live:

@@ -81,8 +81,8 @@ def work_rows(known: Known) -> Rows:
         *[("scoring", f"pairs of each epoch by {by}")] * bool(by),
         (
             "training",
-            f"{training.method}, {training.epochs} epochs, about {pairs} pairs and {steps} steps "
-            f"in all (if {right_share(config):.0%} of the teacher's traces can be learned from)",
+            f"{training.method}, {counted(training.epochs, 'epoch')}, about {pairs} pairs and "
+            f"{steps} steps over all of them (if {right_share(config):.0%} of the teacher's traces can be learned from)",
         ),
         ("files", f"{counted(training.epochs, 'checkpoint')} of {checkpoint:.2g} GiB"),
         ("worker", parts_of(trainers(known).memory)),

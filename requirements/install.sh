@@ -50,9 +50,10 @@ torch_install() {
     pip_install "$1" || pip_install --index-url "$torch_index" "$1"
 }
 
+# The last lines of the log, and then what to do.
 fail() {
     tail -n 20 "$log" >&2
-    echo "$1 could not be installed: see above, and $log" >&2
+    echo "$1 could not be installed: see above, and $log. ${2:-}" >&2
     exit 1
 }
 
@@ -65,11 +66,8 @@ for name in "$@"; do
     lock=requirements/$name.txt
     torch=$(grep '^torch==.*+cpu$' "$lock" || true)
     if [ -n "$torch" ]; then
-        quietly "$torch" torch_install "$torch" || {
-            echo "PyTorch's CPU build comes from $torch_index, or from where pip is told to look" \
-                "(PIP_FIND_LINKS): one of them must be within reach of this machine." >&2
-            fail "$torch"
-        }
+        quietly "$torch" torch_install "$torch" || fail "$torch" "PyTorch's CPU build comes from \
+$torch_index, or from where PIP_FIND_LINKS tells pip to look: one of the two must be in reach."
     fi
     quietly "$lock" pip_install -r "$lock" || fail "$lock"
 done

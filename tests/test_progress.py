@@ -40,13 +40,13 @@ def test_text_is_never_markup(screen):
     assert screen.getvalue() == "[red]a trace[/red]\n"
 
 
-def test_a_board_gives_what_is_new_once():
+def test_a_board_gives_what_is_new_once_in_the_order_of_time():
     board = Board()
-    board.say("a line")
     board.update("sampling", 1, 4, {})
+    board.say("a line")
     board.update("sampling", 2, 4, {"loss": 1.0})
-    assert board.take() == (["a line"], {"sampling": (2, 4, {"loss": 1.0})})
-    assert board.take() == ([], {})
+    assert board.take() == [("a line", None), ("sampling", (2, 4, {"loss": 1.0}))]
+    assert board.take() == []
 
 
 def test_an_error_that_nobody_catches_is_one_line_for_the_user(tmp_path):

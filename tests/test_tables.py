@@ -80,10 +80,10 @@ def test_cells_are_every_arm_task_and_seed_with_the_options_of_each(spec):
 
 MISTAKES = {
     "arms": ({"blocks": [{"student": "x", "arms": ["best"]}]}, "arm 'best' is not known"),
-    "keys": ({"colour": 1}, "colour: Extra inputs"),
+    "keys": ({"colour": 1}, "colour is not an option: options here are"),
     "recipe": ({"recipe": "none.yaml"}, "no configuration at"),
     "option": ({"tasks": {"a": {"task.nam": "gsm8k"}}}, "task.nam is not an option"),
-    "seeds": ({"seeds": []}, "seeds: Tuple should have at least 1 item"),
+    "seeds": ({"seeds": []}, "seeds=\[]: tuple should have at least 1 item"),
 }
 
 

@@ -13,6 +13,7 @@ from cluster.config import RunConfig
 from cluster.errors import BadInputError
 from cluster.recipes import load_recipe, student_of
 from cluster.sections import Section
+from cluster.validation import described
 
 Options = dict[str, Any]  # dotted option -> value, over the recipe
 ZERO_SHOT = "zero_shot_cot"
@@ -87,10 +88,7 @@ def load_table(path: Path) -> tuple[TableSpec, list[Cell]]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadInputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()
-        )
-        raise BadInputError(f"{path} is no table: {problems}") from None
+        raise BadInputError(f"{path} is no table: {described(error, TableSpec)}") from None
     cells = list(_cells(spec, path.parent))
     if spec.agreement and not all(cell.stages[-1].evaluation.teacher for cell in cells):
         raise BadInputError(
