@@ -82,7 +82,8 @@ def work_rows(known: Known) -> Rows:
         (
             "training",
             f"{training.method}, {counted(training.epochs, 'epoch')}, about {pairs} pairs and "
-            f"{steps} steps over all of them (if {right_share(config):.0%} of the teacher's traces can be learned from)",
+            f"{steps} steps over all of them (if {right_share(config):.0%} of the teacher's traces "
+            "can be learned from)",
         ),
         ("files", f"{counted(training.epochs, 'checkpoint')} of {checkpoint:.2g} GiB"),
         ("worker", parts_of(trainers(known).memory)),

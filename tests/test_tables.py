@@ -83,7 +83,7 @@ MISTAKES = {
     "keys": ({"colour": 1}, "colour is not an option: options here are"),
     "recipe": ({"recipe": "none.yaml"}, "no configuration at"),
     "option": ({"tasks": {"a": {"task.nam": "gsm8k"}}}, "task.nam is not an option"),
-    "seeds": ({"seeds": []}, "seeds=\[]: tuple should have at least 1 item"),
+    "seeds": ({"seeds": []}, r"seeds=\[]: tuple should have at least 1 item"),
 }
 
 
