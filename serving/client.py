@@ -5,7 +5,9 @@ import shlex
 import shutil
 import sys
 import unicodedata
-from typing import TextIO
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
 
 from cluster.config import RunConfig
 from cluster.credentials import refuse_credentials
@@ -45,8 +47,8 @@ def ask(
         )
     out, variable = out or sys.stdout, api_key_env or key_variable()
     client = openai.OpenAI(base_url=url, api_key=os.environ.get(variable) or "none")
-    pieces = []
-    try:
+    pieces: list[str] = []
+    with _explained(client, url, model, variable, pieces):
         with waiting(f"waiting for {model}, which starts if it is not loaded", tell=_tell):
             stream = client.chat.completions.create(
                 model=model,
@@ -60,11 +62,19 @@ def ask(
             if piece:
                 pieces.append(piece)
                 print(printable(piece), end="", flush=True, file=out)
-    except openai.APIConnectionError:
-        raise BadInputError(
-            f"nothing answers at {url}: start the endpoint with `potstill serve RUN`, or give its "
-            "address"
-        ) from None
+    print(file=out)
+    return "".join(pieces)
+
+
+@contextmanager
+def _explained(
+    client: Any, url: str, model: str, variable: str, pieces: list[str]
+) -> Iterator[None]:
+    """Turn an openai client's errors into ours; `pieces` has what came of the answer so far."""
+    import openai
+
+    try:
+        yield
     except openai.AuthenticationError:
         raise BadInputError(
             f"{url} refuses the API key: put the endpoint's own into the environment variable "
@@ -73,11 +83,14 @@ def ask(
     except openai.NotFoundError:
         served = ", ".join(found.id for found in client.models.list())
         raise BadInputError(f"no model {model!r} at {url}: expected one of {served}") from None
-    except openai.APIStatusError as error:
-        said = without_key(error.message, variable)
-        raise RunError(f"{model} at {url} cannot answer: {said}") from None
-    print(file=out)
-    return "".join(pieces)
+    except openai.APIError as error:
+        if isinstance(error, openai.APIConnectionError) and not pieces:
+            raise BadInputError(
+                f"nothing answers at {url}: start the endpoint with `potstill serve RUN`, or give "
+                "its address"
+            ) from None
+        can = "broke off" if pieces else "cannot answer"
+        raise RunError(f"{model} at {url} {can}: {without_key(error.message, variable)}") from None
 
 
 def printable(text: str) -> str:

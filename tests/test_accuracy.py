@@ -45,6 +45,9 @@ class Handler(BaseHTTPRequestHandler):
         if status != 200:
             self.send(status, {"error": {"message": text}})
             return
+        if request.get("stream"):
+            self.break_off(text)
+            return
         reason = "length" if text.endswith("...") else "stop"
         choice = {
             "index": 0,
@@ -52,6 +55,15 @@ class Handler(BaseHTTPRequestHandler):
             "message": {"role": "assistant", "content": text},
         }
         self.send(200, {"id": "1", "object": "x", "model": "m", "created": 0, "choices": [choice]})
+
+    def break_off(self, text):
+        """The first piece of a stream, and no more."""
+        piece = {"choices": [{"index": 0, "delta": {"content": text}}]}
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.send_header("content-length", "9999")
+        self.end_headers()
+        self.wfile.write(f"data: {json.dumps(piece)}\n\n".encode())
 
     def send(self, status, body):
         data = json.dumps(body).encode()
@@ -215,6 +227,13 @@ def test_ask_names_the_models_that_are_there(endpoint):
 def test_ask_says_that_nothing_answers():
     with pytest.raises(BadInputError, match="potstill serve"):
         ask("http://127.0.0.1:9/v1", "Hello?")
+
+
+def test_ask_says_that_an_answer_broke_off(endpoint, capsys):
+    server = endpoint(lambda _: (200, "It is"))
+    with pytest.raises(RunError, match=r"base at .* broke off"):
+        ask(server.url, "Hello?", "base")
+    assert capsys.readouterr().out == "It is"
 
 
 def test_ask_passes_on_what_the_endpoint_refuses(endpoint):
