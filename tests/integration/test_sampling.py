@@ -293,6 +293,7 @@ def guessing(config: RunConfig, guesser: Path, folder: Path) -> RunConfig:
 
 
 @pytest.mark.fault
+@pytest.mark.long
 @pytest.mark.usefixtures("session")
 def test_a_resampler_that_is_killed_makes_the_same_pairs(config, guesser, tmp_path):
     calm, disturbed = (guessing(config, guesser, tmp_path / name) for name in ("calm", "disturbed"))

@@ -111,6 +111,7 @@ def test_what_two_workers_began_at_any_zero_stage_one_may_end(
 
 
 @pytest.mark.fault
+@pytest.mark.long
 def test_a_sharded_run_in_bf16_may_go_on_whole(reference, tiny_llama, tmp_path):
     run = RunFolder(UPath(tmp_path))
     publish_pairs(run, 1)
