@@ -80,7 +80,8 @@ class _Beating:
         try:
             self._write("create")
         except FileExistsError:
-            raise _refusal(self._place) from None
+            if not self._is_ours(self._read()):  # a request that was sent again meets the first
+                raise _refusal(self._place) from None
         self._thread.start()
 
     def __exit__(self, *_: object) -> None:

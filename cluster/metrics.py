@@ -59,16 +59,19 @@ def append_records(file: UPath, records: Sequence[dict[str, Any]]) -> None:
 
 def read_records(file: UPath) -> list[dict[str, Any]]:
     """The lines of a file, without those that a full disk or a kill cut short."""
-    found, broken = [], 0
-    text = file.read_text() if file.exists() else ""
-    for line in text.splitlines():
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            broken += 1
-    if broken:
-        say(f"{file}: {broken} line(s) were cut short and are left out")
+    lines = file.read_bytes().splitlines() if file.exists() else []
+    found = [record for line in lines if (record := _record(line)) is not None]
+    if broken := len(lines) - len(found):
+        say(f"{file}: {broken} line(s) are damaged and left out")
     return found
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _ends_in_half_a_line(path: UPath) -> bool:

@@ -222,8 +222,11 @@ def attach(board: Any) -> None:
 def watched_board() -> Iterator[Any]:
     """Start a board, show what it hears until the block ends, and give its handle."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    board: Any = ray.remote(Board).options(num_cpus=0).remote()
+    # On the driver's own node: what else may be lost, the run goes on for as long as that is there.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board: Any = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
     stop = threading.Event()
     watcher = threading.Thread(target=_watch, args=(board, stop), daemon=True)
     watcher.start()

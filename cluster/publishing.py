@@ -5,6 +5,7 @@ marker names each file with its digest, and is what readers go by: a listing may
 """
 
 import json
+import os
 import shutil
 import tempfile
 import uuid
@@ -14,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
+from filelock import FileLock
 from upath import UPath
 
 from cluster.digests import digest_file, digest_text
@@ -42,7 +44,7 @@ def publish_folder(source: Path, target: UPath) -> None:
     """Move what is below `source` to `target`, then write the marker that makes it count.
 
     Afterwards `target` holds these files and no others, and `source` is gone. Raises RunError where
-    a bucket gives back other bytes than it was given.
+    the disk or the bucket gives back other bytes than it was given.
     """
     discard_folder(target)  # of a try that was killed before its marker
     digests = {}
@@ -52,16 +54,25 @@ def publish_folder(source: Path, target: UPath) -> None:
         destination.parent.mkdir(parents=True, exist_ok=True)
         digests[name] = digest_file(file)
         if is_local(target):
+            _flush(file)
             shutil.move(file, str(destination))
         else:
             with file.open("rb") as reader, destination.open("wb") as writer:
                 shutil.copyfileobj(reader, writer, _CHUNK)
-            if digest_file(destination) != digests[name]:
-                raise RunError(
-                    f"{destination} does not give back what was written: run the same command again"
-                )
+        if digest_file(destination) != digests[name]:
+            raise RunError(
+                f"{destination} does not give back what was written: run the same command again"
+            )
     write_json(target / MARKER, {"files": digests})
     shutil.rmtree(source)
+
+
+def _flush(file: Path) -> None:
+    """Bring a file to its disk, before a marker gets there, and out of memory, so as to read it."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+        if hasattr(os, "posix_fadvise"):  # Linux
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def discard_staging(parent: UPath) -> None:
@@ -145,21 +156,29 @@ def fetch_folder(source: UPath, cache: Path) -> Path:
     marker = json.loads((source / MARKER).read_text())
     target = cache / digest_text(str(source), json.dumps(marker, sort_keys=True))
     digests = _digests(source, marker)
-    if target.exists():
-        if _holds(target, digests):
-            return target
-        shutil.rmtree(target)
-    partial = cache / f"{target.name}.{uuid.uuid4().hex}"
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_suffix(".lock")):  # of a node's workers, one fetches
+        if target.exists() and not _holds(target, digests):
+            shutil.rmtree(target)
+        if not target.exists():
+            partial = target.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+            _download(source, digests, partial)
+            partial.rename(target)
+    return target
+
+
+def _download(source: UPath, digests: Mapping[str, str], target: Path) -> None:
     for name, digest in digests.items():
-        file = partial / name
+        file = target / name
         file.parent.mkdir(parents=True, exist_ok=True)
         with (source / name).open("rb") as reader, file.open("wb") as writer:
             shutil.copyfileobj(reader, writer, _CHUNK)
         if digest_file(file) != digest:
+            shutil.rmtree(target)
             raise RunError(
                 f"{source / name} is damaged: its digest is not the one it was saved with"
             )
-    return settle(partial, target)
 
 
 def _digests(source: UPath, marker: dict[str, Any]) -> dict[str, str]:

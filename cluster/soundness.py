@@ -29,10 +29,12 @@ def set_aside_damaged(run: RunFolder) -> None:
         _check(path, _is_table(path))
     for marker in _sorted(run.root, f"pairs/*/{MARKER}"):
         scores = run.root / "scores" / f"{marker.parent.name}.parquet"
-        # Scores are made with the pairs, and only with them.
-        sound = not scores.exists() or _check(scores, _is_table(scores))
+        sound = not scores.exists() or _is_table(scores)
+        # Scores are made with the pairs, and only with them: so these go first.
         if not is_whole(marker.parent) or not sound:
             set_aside_folder(marker.parent)
+        if not sound:
+            set_aside(scores)
     for result in _sorted(run.root, "evals/*.json"):
         answers = result.with_suffix(".parquet")
         _check(result, _is_json(result) and (not answers.exists() or _is_table(answers)))

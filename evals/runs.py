@@ -10,7 +10,7 @@ from cluster.errors import BadInputError
 from cluster.lock import locked
 from cluster.progress import console, hush, say, watched_board
 from cluster.run_folder import RunFolder, check_recipe, open_run
-from cluster.session import ray_session, result_of
+from cluster.session import ray_session, result_of, settled
 from cluster.soundness import set_aside_damaged
 from cluster.storage import location, write_json
 
@@ -93,7 +93,7 @@ def run_stage(folder: RunFolder, config: RunConfig, keep_engines: bool = False) 
     from evals.report import write_report
     from evals.stage import evaluate
 
-    with _data_plane(folder, config, keep_engines) as (resampler, board):
+    with _data_plane(folder, config, keep_engines) as (config, resampler, board):
         _train(folder, config, resampler, board)
         evaluate(folder, config)
     thin_out(folder, config)
@@ -103,30 +103,31 @@ def run_stage(folder: RunFolder, config: RunConfig, keep_engines: bool = False) 
 
 def train_stage(folder: RunFolder, config: RunConfig) -> None:
     """Sample, pair, train and resample."""
-    with _data_plane(folder, config) as (resampler, board):
+    with _data_plane(folder, config) as (config, resampler, board):
         _train(folder, config, resampler, board)
 
 
 def sample_stage(folder: RunFolder, config: RunConfig) -> None:
     """Sample, and draw the pairs of the first epoch."""
-    with _data_plane(folder, config) as (resampler, _):
+    with _data_plane(folder, config) as (_, resampler, _):
         result_of(resampler.prepare_epoch.remote(1))
 
 
 @contextmanager
 def _data_plane(
     folder: RunFolder, config: RunConfig, keep_engines: bool = False
-) -> Iterator[tuple[Any, Any]]:
-    """Ray, the resampler and the board on which remote work shows its progress."""
+) -> Iterator[tuple[RunConfig, Any, Any]]:
+    """Ray and what it settles, the resampler, and the board on which remote work shows itself."""
     import ray
 
     from pipeline.pool import release_engines
     from pipeline.resampler import start_resampler
 
     with ray_session(config) as all_ends, watched_board() as board:
+        config = settled(config)
         resampler = start_resampler(folder, config, board)
         try:
-            yield resampler, board
+            yield config, resampler, board
         finally:
             if not all_ends:
                 ray.kill(resampler)

@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from upath import UPath
+
 from cluster import storage
 from cluster.config import RunConfig
 from cluster.errors import BadInputError
 from cluster.progress import say
+from cluster.publishing import set_aside
 from cluster.run_folder import RunFolder
 from cluster.sections import Model, Teacher
 from pipeline.foreign import ForeignWriter, foreign_writer
@@ -59,19 +62,25 @@ class Traces:
     def of(self, source: Source) -> list[Trace]:
         """The graded traces of a source, sampled now if the run has none.
 
+        Those of a student that was made again, and is not the same to the last bit, are set aside.
         Raises BadInputError where those that it has answer other prompts, or are of another model.
         """
         path, writer = self._run.completions(source.name), self.writer(source)
+        planned = planned_keys(writer, self._prompts, self._config, source.first)
+        if source.epoch and path.exists() and _keys(self._read(path)) != planned:
+            set_aside(path)
         if not path.exists():
             self._sample(source, writer)
-        traces = from_table(Trace, storage.read_parquet(path))
-        planned = planned_keys(writer, self._prompts, self._config, source.first)
-        if {trace.key for trace in traces} != planned:
+        traces = self._read(path)
+        if _keys(traces) != planned:
             raise BadInputError(
                 f"{path} was sampled from other data, or by another model, than are now at the "
                 "places that the recipe names: put those back, or set run.folder to a new folder"
             )
         return traces
+
+    def _read(self, path: UPath) -> list[Trace]:
+        return from_table(Trace, storage.read_parquet(path))
 
     def _sample(self, source: Source, writer: Writer | ForeignWriter) -> None:
         config, prompts = self._config, self._prompts
@@ -87,7 +96,8 @@ class Traces:
         )
         figures = describe_traces(traces)
         storage.write_table(to_table(Trace, traces), self._run.completions(source.name))
-        self._run.record(stage="sample", model=source.name, epoch=source.epoch, **figures)
+        record = self._run.record_ahead if source.first else self._run.record
+        record(stage="sample", model=source.name, epoch=source.epoch, **figures)
         say(f"{source.name}: {summary(figures)}")
 
     def writer(self, source: Source) -> Writer | ForeignWriter:
@@ -102,3 +112,7 @@ class Traces:
         model = str(self._run.checkpoint(source.epoch)) if source.epoch else source.section.model
         kind = self._prompts[0].kind
         return make_writer(source.name, model, source.section, self._config, kind)
+
+
+def _keys(traces: Sequence[Trace]) -> set[str]:
+    return {trace.key for trace in traces}

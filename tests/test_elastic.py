@@ -122,6 +122,18 @@ def test_those_that_are_missing_are_asked_for_until_they_find_room(cluster):
     assert not missing.find_room(), "said once"
 
 
+def test_their_room_is_for_engines_while_these_sample(cluster):
+    cluster.pool, cluster.free["training"] = ["engines"], 6
+    missing = elastic.MissingWorkers(config(), False, present=2)
+    missing.withdraw()
+    assert cluster.held == []
+    assert not missing.find_room()
+    missing.ask()
+    missing.ask()
+    assert len(cluster.held) == 1
+    assert missing.find_room()
+
+
 @pytest.mark.parametrize(("least", "present"), [(None, 2), (2, 8)])
 def test_nobody_is_missing(least, present, cluster):
     assert not elastic.MissingWorkers(config(min_workers=least), False, present).find_room()

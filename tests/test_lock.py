@@ -127,6 +127,21 @@ def test_in_a_bucket_one_of_two_that_start_at_once_is_refused(remote_run, quick_
     assert sorted(results) == ["held", "refused"]
 
 
+def test_in_a_bucket_a_request_that_is_sent_again_does_not_refuse_its_own_run(
+    remote_run, quick_beats, monkeypatch
+):
+    write = lock._Beating._write
+
+    def write_twice(beating, mode):
+        write(beating, mode)
+        if mode == "create":  # its answer was lost
+            write(beating, mode)
+
+    monkeypatch.setattr(lock._Beating, "_write", write_twice)
+    take(remote_run)
+    assert not (remote_run / ".lock").exists()
+
+
 def test_in_a_bucket_one_whose_lock_was_taken_stops(remote_run, holder):
     process = holder(remote_run)
     (remote_run / ".lock").write_text(json.dumps({"id": "another", "beats": 0}))

@@ -1,16 +1,19 @@
 """Which traces the resampler makes an epoch's pairs of: with a full store, and no engine."""
 
+import shutil
+
 import pytest
+from safetensors.torch import load_file, save_file
 
 from cluster.config import parse_config
-from cluster.publishing import read_published
+from cluster.publishing import publishing, read_published
 from cluster.run_folder import RunFolder
 from cluster.storage import location, read_parquet
 from pipeline.resampler import MixedPolicyResampler
 from pipeline.rows import Pair, Sample, from_table
 from pipeline.sampling import plan_requests
 from pipeline.store import SampleStore
-from pipeline.traces import base_student, teacher
+from pipeline.traces import base_student, student, teacher
 
 RIGHT, WRONG = "It is \\boxed{%s}.", "It is %d, so \\boxed{-1}."
 EXAMPLE = {"question": "How many are two pens?", "answer": "\\boxed{2}"}
@@ -90,6 +93,22 @@ def test_fresh_negatives_of_the_base_student_are_sampled_before_they_are_needed(
     }
     resampler.sample_ahead(4)  # there is no fourth epoch
     assert not resampler._run.completions("base_004").exists()
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("resampler", [{}], indirect=True)
+def test_traces_of_a_student_that_was_made_again_are_too(resampler, tiny_llama, capsys):
+    run, source = resampler._run, student(1, resampler._config)
+    for times in (1, 2):
+        with publishing(run.checkpoint(1)) as folder:
+            shutil.copytree(tiny_llama, folder, dirs_exist_ok=True)
+            weights = load_file(folder / "model.safetensors")
+            weights["model.norm.weight"] *= times  # the second time, another model
+            save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        fill(resampler, source, right=False)
+        keys = {trace.key for trace in resampler._traces.of(source)}
+        assert len(keys) == 5 * 4
+    assert "student_001.parquet is damaged: set aside" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("resampler", [{"phi": 1, "base": "fresh"}], indirect=True)

@@ -87,7 +87,23 @@ def test_a_line_that_was_cut_short_costs_only_itself(tmp_path, capsys):
     capsys.readouterr()
     folder.record(stage="train", step=2)
     assert [record["step"] for record in folder.records()] == [1, 2]
-    assert capsys.readouterr().out.count("1 line(s) were cut short and are left out") == 1
+    assert capsys.readouterr().out.count("1 line(s) are damaged and left out") == 1
+
+
+@pytest.mark.parametrize("damaged", [b'{"step": "\xff"}', b"[1]", b"7"])
+def test_a_damaged_line_costs_only_itself(damaged, tmp_path):
+    folder = open_run(config(tmp_path / "run"))
+    folder.metrics_file.write_bytes(damaged + b"\n")
+    folder.record(stage="train", step=1)
+    assert [record["step"] for record in folder.records()] == [1]
+
+
+def test_what_is_recorded_beside_steps_is_found_with_them(tmp_path):
+    folder = open_run(config(tmp_path / "run"))
+    folder.record(step=1)
+    folder.record_ahead(stage="sample")
+    assert folder.metrics_file.read_text() == '{"step": 1}\n'
+    assert folder.records() == [{"stage": "sample"}, {"step": 1}]
 
 
 def test_an_empty_file_of_metrics_is_no_record(tmp_path):
@@ -107,3 +123,13 @@ def test_each_try_leaves_its_environment(tmp_path, monkeypatch):
     assert environment["commit"] == "third"
     assert [earlier["commit"] for earlier in environment["earlier"]] == ["first", "second"]
     assert all("earlier" not in earlier for earlier in environment["earlier"])
+
+
+@pytest.mark.parametrize("damaged", ["", '{"com', "[]", "\x00"])
+def test_a_damaged_environment_costs_only_what_it_told(damaged, tmp_path):
+    place = tmp_path / "run" / "environment.json"
+    open_run(config(tmp_path / "run"))
+    place.write_text(damaged)
+    open_run(config(tmp_path / "run"))
+    assert json.loads(place.read_text())["earlier"] == []
+    assert len(list(place.parent.glob("environment.json.damaged-*"))) == 1

@@ -142,6 +142,16 @@ def test_a_copy_that_was_damaged_is_brought_again(published, tmp_path):
     assert (copy / "sub" / "moments").read_text() == "0.5"
 
 
+@pytest.mark.fault
+@pytest.mark.parametrize("published", ["bucket"], indirect=True)
+def test_what_could_not_be_brought_takes_no_room(published, tmp_path):
+    state, cache = published.trainer_state(1), tmp_path / "cache"
+    (state / "sub" / "moments").write_text("0.6")
+    with pytest.raises(RunError, match="is damaged"):
+        fetch_folder(state, cache)
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+
+
 @pytest.mark.parametrize("name", ["../mark", "sub/../../mark", "/tmp/mark"])
 def test_a_marker_leads_nowhere_else(name, published, tmp_path):
     state = published.trainer_state(1)

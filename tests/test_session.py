@@ -38,6 +38,14 @@ def test_auto_takes_what_is_up():
     assert not session.uses_gpu(config())
 
 
+@pytest.mark.parametrize("gpus", [0.0, 4.0])
+def test_what_auto_has_found_stays_when_nodes_go(gpus, monkeypatch):
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": gpus})
+    found = session.settled(config())
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": 4.0 - gpus})
+    assert session.uses_gpu(found) == bool(gpus)
+
+
 @pytest.mark.parametrize(
     ("sections", "cpus"),
     [

@@ -3,7 +3,7 @@
 import pyarrow as pa
 import pytest
 
-from cluster.publishing import publishing
+from cluster.publishing import is_published, publishing
 from cluster.run_folder import RunFolder
 from cluster.soundness import set_aside_damaged
 from cluster.storage import location, write_json, write_table
@@ -79,6 +79,17 @@ DAMAGES = [
     for damage in (flip, cut, empty)
     if (what, damage) != ("result", flip)
 ]
+
+
+def test_a_kill_leaves_no_pairs_without_their_scores(run, monkeypatch):
+    cut(run.scores(2))
+    with monkeypatch.context() as killed:
+        killed.setattr("cluster.soundness.set_aside", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            set_aside_damaged(run)
+    assert not is_published(run.pairs(2))
+    set_aside_damaged(run)
+    assert is_published(run.pairs(1))
 
 
 @pytest.mark.parametrize(("what", "damage"), DAMAGES)

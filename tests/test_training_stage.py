@@ -224,6 +224,22 @@ def test_training_starts_again_where_its_workers_left_before_the_end(run, monkey
 
 
 @pytest.mark.fault
+def test_a_worker_that_is_lost_after_sigterm_does_not_start_training_again(monkeypatch):
+    board = SimpleNamespace(ask_to_stop=SimpleNamespace(remote=lambda: True))
+    monkeypatch.setattr("ray.get", lambda value: value)
+
+    def lose_a_worker(after_sigterm):
+        with stage._stoppable(board):
+            if after_sigterm:
+                os.kill(os.getpid(), signal.SIGTERM)
+            raise WorkersLostError("training lost worker 0")
+
+    with pytest.raises(KeyboardInterrupt):
+        lose_a_worker(after_sigterm=True)
+    with pytest.raises(WorkersLostError):
+        lose_a_worker(after_sigterm=False)
+
+
 def test_ctrl_c_in_training_is_an_interruption_and_so_it_is_after_it():
     def fit():
         signal.signal(signal.SIGINT, lambda *_: raises(SystemExit(0))())  # as Ray Train does

@@ -42,10 +42,23 @@ class MissingWorkers:
     """
 
     def __init__(self, config: RunConfig, on_gpu: bool, present: int) -> None:
+        self._config, self._on_gpu = config, on_gpu
         self._asked: Any = None
-        if config.training.min_workers and present < config.training.workers:
-            self._asked = _ask_for(config.training.workers - present, config, on_gpu)
+        training = config.training
+        self._count = training.workers - present if training.min_workers else 0
+        self.ask()
+
+    def ask(self) -> None:
+        """Ask for all that are missing, if any are."""
+        if self._count and self._asked is None:
+            self._asked = _ask_for(self._count, self._config, self._on_gpu)
             self._ready = self._asked.ready()
+
+    def withdraw(self) -> None:
+        """Give back what was asked for, while engines have need of the room."""
+        if self._asked is not None:
+            _give_back(self._asked)
+            self._asked = None
 
     def find_room(self) -> bool:
         """Whether there is room for all of them now. It is given back, for a new start to take."""
@@ -53,8 +66,7 @@ class MissingWorkers:
 
         if self._asked is None or not ray.wait([self._ready], timeout=0)[0]:
             return False
-        _give_back(self._asked)
-        self._asked = None
+        self.withdraw()
         return True
 
 

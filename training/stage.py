@@ -71,7 +71,7 @@ def _fit(run: RunFolder, config: RunConfig, resampler: Any, board: Any) -> None:
             scaling_config=_scaling(config, on_gpu, workers),
             torch_config=TorchConfig(
                 backend="nccl" if on_gpu else "gloo",
-                timeout_s=int(max(1800, training.resample_timeout_s)),
+                timeout_s=training.collective_timeout_s,
             ),
             run_config=ray.train.RunConfig(
                 name=f"potstill-{uuid.uuid4().hex}",  # it would silently resume one of its name
@@ -134,6 +134,9 @@ def _stoppable(board: Any) -> Iterator[None]:
     handler = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except WorkersLostError:
+        if not asked:  # else those that start anew would hear of the stop, and end at once
+            raise
     finally:
         signal.signal(signal.SIGTERM, handler)
     if asked:

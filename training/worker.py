@@ -1,6 +1,7 @@
 """What each Ray Train worker does: every epoch's steps, its checkpoint, and the wait for pairs."""
 
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -69,7 +70,8 @@ class Worker:
         self.log = StepLog(self.run.metrics_file)
         self.assignment, self.training = assignment, assignment.config.training
         # A group of its own for what the CPU decides; it also has barriers with a time limit.
-        self.control = dist.new_group(backend="gloo", timeout=self._patience)
+        limit = timedelta(seconds=self.training.collective_timeout_s)
+        self.control = dist.new_group(backend="gloo", timeout=limit)
         self.first, self.rank = rank == 0, rank
         student = self.config.student
         self.base = resolve_model(student.model)
@@ -82,9 +84,9 @@ class Worker:
         self.stepper = Stepper(self.config, self.base, self.chat, place)
         self.step = self.saved_step = self._resume()
         self.saved_at = self.looked_at = time.monotonic()
-        self.missing = (
-            MissingWorkers(self.config, assignment.on_gpu, workers) if self.first else None
-        )
+        # Worker 0's: the others count none as missing.
+        present = workers if self.first else self.training.workers
+        self.missing = MissingWorkers(self.config, assignment.on_gpu, present)
 
     @property
     def _patience(self) -> timedelta:
@@ -96,8 +98,12 @@ class Worker:
         limit = self.steps * (self.run.epochs_published() + 1)
         step = self._from_first(lambda: newest_state(self.run, limit))
         if step:
-            folder = fetch_folder(self.run.trainer_state(step), storage.cache_folder())
+            source = self.run.trainer_state(step)
+            folder = fetch_folder(source, storage.cache_folder())
             assert load_state(self.stepper.engine, folder) == step
+            dist.barrier(self.control)
+            if not storage.is_local(source):  # a copy of no further use, larger than the model
+                shutil.rmtree(folder, ignore_errors=True)
         return step
 
     def _from_first(self, look: Callable[[], Found]) -> Found:
@@ -112,7 +118,7 @@ class Worker:
         if done and not into_epoch:
             self._publish(done)  # of a try that was ended after it saved its state
         for epoch in range(done + 1, self.training.epochs + 1):
-            if self._from_first(self._asked_to_stop):
+            if self._from_first(self._is_to_leave):
                 return
             self._await_pairs(epoch)
             if self.first and self.config.pairs.base == "fresh":
@@ -140,8 +146,10 @@ class Worker:
         import ray
 
         limit = self.training.resample_timeout_s
+        self.missing.withdraw()
         try:
             result_of(self.assignment.resampler.prepare_epoch.remote(epoch), limit)
+            self.missing.ask()
         except ray.exceptions.GetTimeoutError:
             raise RunError(
                 f"the pairs of epoch {epoch} did not come within {limit:.0f} s: raise "
@@ -198,10 +206,13 @@ class Worker:
         """Worker 0's, for after the step that comes."""
         if not self.first:
             return None
-        stop = self._asked_to_stop() or self._can_grow()
+        stop = self._is_to_leave()
         now = time.monotonic()
         due = now - self.saved_at >= 60 * self.training.save_minutes
         return Wishes(save=stop or due, stop=stop, look=now - self.looked_at >= _LOOK_S)
+
+    def _is_to_leave(self) -> bool:
+        return self._asked_to_stop() or self._can_grow()
 
     def _asked_to_stop(self) -> bool:
         import ray
@@ -210,7 +221,7 @@ class Worker:
         return board is not None and ray.get(board.asked_to_stop.remote())
 
     def _can_grow(self) -> bool:
-        found = self.missing is not None and self.missing.find_room()
+        found = self.missing.find_room()
         if found:
             say(f"training: there is room for {self.training.workers} workers, starting them")
         return found

@@ -1,5 +1,6 @@
 """The loss, the schedule, and how DeepSpeed carries them out."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -104,6 +105,11 @@ class Training(Section):
     """How often training goes on by itself after a worker, or its node, was lost."""
     resample_timeout_s: Execution[PositiveFloat] = 3600
     """How long workers wait for the next epoch's pairs before they stop with a diagnosis."""
+
+    @property
+    def collective_timeout_s(self) -> int:
+        """How long workers wait for one another, also while one of them saves or gets pairs."""
+        return max(1800, math.ceil(self.resample_timeout_s))
 
     @property
     def least_workers(self) -> int:
