@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from cluster.arms import arms
-from cluster.config import recipe_of
+from cluster.config import parse_config, recipe_of
 from cluster.errors import BadInputError
 from cluster.recipes import load_config, load_recipe
 
@@ -227,3 +227,9 @@ def test_a_key_that_is_there_twice_is_refused(config_file):
     config_file.write_text(config_file.read_text() + "\nrun:\n  folder: elsewhere\n")
     with pytest.raises(BadInputError, match=r"'run' is there twice.*line \d+"):
         load_config(config_file)
+
+
+def test_options_that_are_given_as_they_are_by_default_change_nothing():
+    found = parse_config(MINIMAL, "test")
+    again = parse_config(found.model_dump(mode="json"), "test")
+    assert repr(again) == repr(found)

@@ -41,8 +41,15 @@ Place = Annotated[str, AfterValidator(_check_place)]
 
 
 class Section(BaseModel):
-    """A group of options: frozen; unknown keys and numbers that are not finite are refused."""
+    """A group of options: frozen; unknown keys and numbers that are not finite are refused.
+
+    A default is of its field's type, as what is read is: digests take 1 and 1.0 for two things.
+    """
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
     )

@@ -25,7 +25,7 @@ NOISE = r"WARN|INFO|ERROR|Traceback|Warning|pid=|it/s|\x1b|\r"
 def whole(guesser, free_port, tmp_path_factory):
     """A run that nothing disturbed, and how it ended."""
     recipe = write_recipe(tmp_path_factory.mktemp("whole"), guesser, free_port())
-    ended = go(recipe)
+    ended = go(recipe, THROUGH_ENGINES)
     print(ended.screen, f"{ended.seconds:.0f} s")
     assert ended.code == 0, ended.screen
     return recipe, ended.screen

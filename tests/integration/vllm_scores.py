@@ -11,6 +11,7 @@ from pathlib import Path
 
 def main() -> None:
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0"
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one process in the place of three
     from vllm import LLM, SamplingParams, TokensPrompt
 
     folder, request = sys.argv[1], json.loads(sys.argv[2])
