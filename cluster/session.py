@@ -3,7 +3,6 @@
 import logging
 import os
 import signal
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import ceil
@@ -117,20 +116,6 @@ def own_error(error: BaseException | None) -> BaseException | None:
     return error
 
 
-def refuse_taken_port(host: str, port: int) -> None:
-    """Raise BadInputError where something listens on the port already."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise BadInputError(
-                f"serving.host={host}, port={port} cannot be listened on ({error.strerror}): stop "
-                "what uses it, or set serving.port to a free one"
-            ) from None
-
-
 def start_serve(config: RunConfig) -> None:
     """Start Ray Serve, once for a cluster, listening where `serving` says.
 
@@ -171,38 +156,6 @@ def logical_cpus(config: RunConfig) -> int:
     served = CPUS_PER_SERVED_MODEL * (config.training.epochs + 2)  # base and teacher
     least = max(_LEAST_LOGICAL_CPUS, ceil(config.cpus_held + served))
     return config.cluster.logical_cpus or max(least, os.cpu_count() or 1)
-
-
-def refuse_too_few_cpus(config: RunConfig) -> None:
-    """Raise BadInputError where a cluster of our own is told to offer fewer CPUs than are held."""
-    offered = logical_cpus(config)
-    if config.cpus_held > offered:
-        raise BadInputError(
-            f"engines and training workers hold {config.cpus_held:g} logical CPUs, of which "
-            f"cluster.logical_cpus={offered} offers too few: raise it, or lower "
-            "engines.max_engines, engines.cpus_per_engine, training.workers or "
-            "training.cpus_per_worker"
-        )
-
-
-def refuse_labels(config: RunConfig) -> None:
-    """Raise BadInputError where nodes are chosen by label: a cluster of our own has none."""
-    for option in ("training_nodes", "sampling_nodes"):
-        labels = getattr(config.cluster, option)
-        if labels is not None:
-            raise BadInputError(
-                f"cluster.{option}={labels!r}, but the cluster that starts on this machine has no "
-                "labels: set it to null, or set cluster.address to a cluster that has them"
-            )
-
-
-def refuse_nodes(config: RunConfig) -> None:
-    """Raise BadInputError where nodes are described, and the run starts Ray on this machine."""
-    if config.cluster.nodes:
-        raise BadInputError(
-            "cluster.nodes describes a cluster that is joined, but the run starts one on this "
-            "machine: set cluster.address to auto, as a job has it, or remove cluster.nodes"
-        )
 
 
 def settled(config: RunConfig) -> RunConfig:

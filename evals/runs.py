@@ -9,6 +9,7 @@ from cluster.config import RunConfig
 from cluster.errors import BadInputError
 from cluster.lock import locked
 from cluster.progress import console, hush, say, watched_board
+from cluster.refusals import refuse_disks_of_nodes
 from cluster.run_folder import RunFolder, check_recipe, open_run
 from cluster.session import ray_session, result_of, settled
 from cluster.soundness import set_aside_damaged
@@ -124,6 +125,7 @@ def _data_plane(
     from pipeline.resampler import start_resampler
 
     with ray_session(config) as all_ends, watched_board() as board:
+        refuse_disks_of_nodes(config)
         config = settled(config)
         resampler = start_resampler(folder, config, board)
         try:

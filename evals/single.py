@@ -13,8 +13,9 @@ from cluster.config import RunConfig, parse_config
 from cluster.endpoint_key import key_variable
 from cluster.errors import BadInputError
 from cluster.progress import say
+from cluster.refusals import refuse_taken_port
 from cluster.sections import Serving
-from cluster.session import ray_session, refuse_taken_port, starts_own_cluster
+from cluster.session import ray_session, starts_own_cluster
 from cluster.shapes import read_shape
 from cluster.teachers import is_base_url
 from evals.accuracy import Answer, answers_table

@@ -8,28 +8,18 @@ from cluster.errors import BadInputError
 from cluster.memory import GIB, cache_bytes
 from cluster.nodes import Demand, counted, describe, place
 from cluster.placement import matches
+from cluster.refusals import refuse_one_disk
 from cluster.sections import Engines, Nodes, Serving
-from cluster.storage import is_local, location
 from pipeline.needs import Known, engines, largest_engine, parts_of, served, trainers
 from pipeline.ways_out import Options, of_engines, of_serving, of_trainers, ways_out
 from pipeline.work import asks_engines_while_training
 
-_FILE_URL = "file://"
-
 
 def check_folders(config: RunConfig, nodes: Sequence[Nodes]) -> None:
     """Raise BadInputError where the cluster has many nodes and the run is kept on one of them."""
-    if sum(group.max_count for group in nodes) < 2:
-        return
-    places = {"run.folder": config.run.folder, "run.store": config.run.store}
-    for option, text in places.items():
-        if is_local(location(text)) and not text.startswith(_FILE_URL):
-            shared = f"{_FILE_URL}{location(text)}"
-            raise BadInputError(
-                f"{option}={text} is on a disk of one node, and cluster.nodes has up to "
-                f"{sum(group.max_count for group in nodes)}: give a URL such as s3://bucket/run, "
-                f"or, where all nodes share that disk, {option}={shared}"
-            )
+    most = sum(group.max_count for group in nodes)
+    if most > 1:
+        refuse_one_disk(config, f"cluster.nodes has up to {most}")
 
 
 def check_labels(config: RunConfig, nodes: Sequence[Nodes]) -> None:

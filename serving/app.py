@@ -4,13 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.config import RunConfig
-from cluster.session import (
-    CPUS_PER_SERVED_MODEL,
-    app_name,
-    refuse_taken_port,
-    start_serve,
-    uses_gpu,
-)
+from cluster.refusals import refuse_taken_port
+from cluster.session import CPUS_PER_SERVED_MODEL, app_name, start_serve, uses_gpu
 from cluster.waiting import waiting
 from serving.models import ServedEngine, ServedModel, engines_of, routes_of
 from serving.protection import protection_of

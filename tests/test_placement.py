@@ -6,7 +6,7 @@ from ray._private.label_utils import validate_label_selector
 from cluster.config import parse_config, recipe_of
 from cluster.errors import BadInputError
 from cluster.placement import label_selector
-from cluster.session import refuse_labels
+from cluster.refusals import refuse_labels
 from pipeline.engine import Weights
 from pipeline.pool import _deployment
 from training.stage import _scaling

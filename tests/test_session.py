@@ -5,6 +5,7 @@ import pytest
 from cluster import session
 from cluster.config import parse_config
 from cluster.errors import BadInputError
+from cluster.refusals import refuse_disks_of_nodes
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +37,20 @@ def test_a_machine_without_a_gpu_is_refused_gpus():
 
 def test_auto_takes_what_is_up():
     assert not session.uses_gpu(config())
+
+
+def node(machine, alive=True):
+    return {"NodeManagerAddress": machine, "Alive": alive}
+
+
+def test_a_path_on_one_of_several_machines_is_refused(monkeypatch):
+    nodes = [node("10.0.0.1"), node("10.0.0.1"), node("10.0.0.2", alive=False)]
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    refuse_disks_of_nodes(config())
+    nodes.append(node("10.0.0.3"))
+    with pytest.raises(BadInputError, match=r"run\.folder=run is .* and the cluster has 2: give"):
+        refuse_disks_of_nodes(config())
+    refuse_disks_of_nodes(config(run={"folder": "file:///shared/run", "store": "s3://a/b"}))
 
 
 @pytest.mark.parametrize("gpus", [0.0, 4.0])

@@ -85,6 +85,7 @@ def test_a_run_that_fails_leaves_no_engine_on_a_joined_cluster(all_ends, kept, a
     monkeypatch.setattr(runs, "ray_session", session)
     monkeypatch.setattr(runs, "watched_board", session)
     monkeypatch.setattr(runs, "settled", lambda config: config)
+    monkeypatch.setattr("ray.nodes", list)
     monkeypatch.setattr("pipeline.resampler.start_resampler", lambda *_: "resampler")
     monkeypatch.setattr("ray.kill", killed.append)
     apps.update(dict.fromkeys([pool(OURS), pool(OTHER)]))
