@@ -173,7 +173,9 @@ def prepare(
     reference: Annotated[
         str, typer.Argument(help="Such as smollm2-135m-instruct, a folder, or a Hugging Face id.")
     ],
-    out: Annotated[Path | None, typer.Option(help="A new folder; in the cache by default.")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="A new folder, path or URL; in the cache by default.")
+    ] = None,
 ) -> None:
     """Make an ordinary Hugging Face folder, once.
 

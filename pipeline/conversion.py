@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from upath import UPath
+
 from cluster.digests import digest_text
 from cluster.errors import BadInputError
 from cluster.progress import say
@@ -70,7 +72,7 @@ class _Source:
         return hub.fetch(self.hub_id, *_WEIGHTS) if self.hub_id else self.folder
 
 
-def convert_model(reference: str, out: Path | None = None, cache: Path | None = None) -> Path:
+def convert_model(reference: str, out: str | None = None, cache: Path | None = None) -> UPath:
     """Convert an InternLM2 or a pickled model, a folder or a Hugging Face id, into `out`.
 
     Without `out` it goes to `cache` (default: storage.cache_folder), where resolve_model finds that

@@ -45,7 +45,7 @@ def resolve_model(reference: str, cache: Path | None = None) -> Path:
     """
     cache = cache or storage.cache_folder()
     if reference in PACKAGED_MODELS:
-        return prepare_model(reference, cache=cache)
+        return Path(prepare_model(reference, cache=cache).path)
     folder = Path(reference).expanduser()
     if folder.is_dir():
         folder = folder.absolute()

@@ -11,6 +11,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from upath import UPath
+
 from cluster.errors import BadInputError
 from cluster.progress import say
 from pipeline.prepared import prepare_folder
@@ -73,8 +75,8 @@ PACKAGED_MODELS = {
 }
 
 
-def prepare_model(name: str, out: Path | None = None, cache: Path | None = None) -> Path:
-    """Dequantise a packaged model into the folder `out`, and return that folder.
+def prepare_model(name: str, out: str | None = None, cache: Path | None = None) -> UPath:
+    """Dequantise a packaged model into the folder `out`, a path or URL, and return that folder.
 
     Without `out` it goes to `cache` (default: storage.cache_folder). A folder that is ready is left
     as it is. Raises BadInputError for an unknown name, a package that is not installed, and an

@@ -1,11 +1,13 @@
 """Folders of models that are made on this machine, once, and anew when their recipe has changed."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from filelock import FileLock
+from upath import UPath
 
 from cluster import storage
 from cluster.errors import BadInputError
@@ -27,40 +29,49 @@ def is_prepared(name: str, cache: Path | None = None) -> bool:
 
 
 def prepare_folder(
-    name: str, note: str, make: Callable[[Path, Path], None], out: Path | None, cache: Path | None
-) -> Path:
+    name: str, note: str, make: Callable[[Path, Path], None], out: str | None, cache: Path | None
+) -> UPath:
     """Let `make` write a model into a folder, and publish it whole with `note`, its model card.
 
-    It gets that folder and one for scratch. Without `out` the result lies in the cache, where one
-    with another note is replaced. A folder that is ready is left as it is. Raises BadInputError for
-    an `out` that holds something else.
+    It gets that folder and one for scratch. The result lies at `out`, a path or URL, or in the
+    cache, where one with another note is replaced. A folder that is ready is left as it is. Raises
+    BadInputError for an `out` that holds something else.
     """
+    target = storage.location(out or str(prepared_folder(name, cache)))
     if out:
-        storage.check_writable("--out", storage.location(str(out)))
-    target = out.absolute() if out else prepared_folder(name, cache)
+        storage.check_writable("--out", target)
     if _is_ready(target, note):
         return target
-    if out is not None and target.exists() and any(target.iterdir()):
+    if out and target.exists() and any(target.iterdir()):
         raise BadInputError(
             f"{target} holds something other than {name}: give an empty or a new folder"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_name(f".{target.name}.lock")):
+    with _alone(target):
         if not _is_ready(target, note):
             _prepare(target, note, make)
     return target
 
 
-def _is_ready(folder: Path, note: str) -> bool:
+@contextmanager
+def _alone(target: UPath) -> Iterator[None]:
+    """Keep other processes of this machine from making the same, which takes minutes."""
+    if not storage.is_local(target):
+        yield
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name(f".{target.name}.lock").path):
+        yield
+
+
+def _is_ready(folder: UPath, note: str) -> bool:
     written = folder / _NOTE
-    published = is_published(storage.location(str(folder)))
-    return published and written.is_file() and written.read_text() == note
+    return is_published(folder) and written.exists() and written.read_text() == note
 
 
-def _prepare(target: Path, note: str, make: Callable[[Path, Path], None]) -> None:
+def _prepare(target: UPath, note: str, make: Callable[[Path, Path], None]) -> None:
     began = time.monotonic()
-    place = storage.location(str(target))
-    with TemporaryDirectory(dir=target.parent) as scratch, publishing(place) as made:
+    near = target.parent.path if storage.is_local(target) else None
+    with TemporaryDirectory(dir=near) as scratch, publishing(target) as made:
         make(made, Path(scratch))
         (made / _NOTE).write_text(note)
         for file in made.iterdir():

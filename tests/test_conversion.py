@@ -18,7 +18,7 @@ import potstill
 from cluster.errors import BadInputError
 from pipeline.chat import check_chat, load_chat
 from pipeline.conversion import convert_model
-from pipeline.models import resolve_model
+from pipeline.models import model_digest, resolve_model
 
 
 @pytest.fixture(autouse=True)
@@ -171,6 +171,18 @@ def test_vicuna_gets_its_own_format(tmp_path, tiny_llama):
         tokenize=False,
     )
     assert told == "<s> Be brief. USER: Hi "
+
+
+def test_a_converted_model_may_be_put_where_all_nodes_see_it(tmp_path, tiny_llama, bucket, capsys):
+    source = str(pickled(tmp_path / "mine", tiny_llama))
+    place = convert_model(source, f"{bucket}/models/mine")
+    assert str(place) == f"{bucket}/models/mine"
+    assert model_digest(resolve_model(str(place), tmp_path)) == model_digest(convert_model(source))
+    capsys.readouterr()
+    assert convert_model(source, str(place)) == place
+    assert capsys.readouterr().out == "", "it is ready"
+    with pytest.raises(BadInputError, match="holds something other than"):
+        convert_model(str(pickled(tmp_path / "other", tiny_llama)), str(place))
 
 
 def test_a_template_that_is_there_stays_and_others_get_none(tmp_path, tiny_llama):

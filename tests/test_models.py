@@ -184,7 +184,7 @@ def test_a_preparation_that_fails_leaves_nothing_that_looks_ready(cache, monkeyp
 def test_a_folder_that_holds_something_else_is_not_overwritten(tmp_path, stand_in):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(BadInputError, match="holds something other than"):
-        prepare_model(SMOLLM2, tmp_path)
+        prepare_model(SMOLLM2, str(tmp_path))
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
     assert stand_in == []
 

@@ -14,6 +14,7 @@ from random import Random
 from typing import Any
 
 import torch
+from upath import UPath
 
 from cluster.errors import BadInputError
 from cluster.progress import progress, say
@@ -86,7 +87,7 @@ MINIATURES: dict[str, Recipe | Cut] = {
 }
 
 
-def prepare_miniature(name: str, out: Path | None = None, cache: Path | None = None) -> Path:
+def prepare_miniature(name: str, out: str | None = None, cache: Path | None = None) -> UPath:
     """Train a miniature model, or prune one, into the folder `out` or the cache; returns it.
 
     A folder that is ready is left as it is. Raises BadInputError for an `out` that holds something
