@@ -1,7 +1,5 @@
 """Nodes that vanish under a run: several raylets on this machine, as nodes of one cluster."""
 
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -59,15 +57,19 @@ def undisturbed(guesser, free_port, tmp_path_factory) -> Recipe:
     return recipe
 
 
-def once(condition: Callable[[], object], act: Callable[[], None]) -> threading.Thread:
-    def wait() -> None:
-        while not condition():
-            time.sleep(0.05)
-        act()
+Event = tuple[Callable[[], object], Callable[[], None]]  # when it happens, and what does
 
-    thread = threading.Thread(target=wait, daemon=True)
-    thread.start()
-    return thread
+
+def happening(events: list[Event]) -> Callable[[str], bool]:
+    """Lets events happen one after the other while a run is watched; Ray starts no node elsewhere
+    than in the main thread."""
+
+    def look(_screen: str) -> bool:
+        if events and events[0][0]():
+            events.pop(0)[1]()
+        return False
+
+    return look
 
 
 def test_a_run_goes_on_without_the_nodes_it_loses(nodes, undisturbed, guesser, free_port, tmp_path):
@@ -75,13 +77,14 @@ def test_a_run_goes_on_without_the_nodes_it_loses(nodes, undisturbed, guesser, f
     recipe = write_recipe(tmp_path / "home", guesser, free_port())
     sampling, training = nodes.add("sampling"), nodes.add("training")
     losses = [
-        once(recipe.keys, lambda: nodes.replace(sampling, "sampling")),
-        once(lambda: len(recipe.steps(1)) > 50, lambda: nodes.replace(training, "training")),
+        (recipe.keys, lambda: nodes.replace(sampling, "sampling")),
+        (lambda: len(recipe.steps(1)) > 50, lambda: nodes.replace(training, "training")),
     ]
-    ended = go(recipe, [f"cluster.address={nodes.cluster.address}", *OPTIONS])
+    options = [f"cluster.address={nodes.cluster.address}", *OPTIONS]
+    ended = go(recipe, options, until=happening(losses))
     print(ended.screen, f"{ended.seconds:.0f} s")
     assert ended.code == 0, ended.screen
-    assert not any(loss.is_alive() for loss in losses)
+    assert losses == [], "both nodes are lost"
     assert "training lost worker 0 of 1: going on" in ended.screen
     assert sorted(recipe.keys()) == sorted(undisturbed.keys()), "a sample is lost, or there twice"
     for epoch in (1, 2):
