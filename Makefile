@@ -9,7 +9,7 @@ help:
 	@echo "make quickstart    install, then distil a small model on this machine (CPU)"
 	@echo "make cross-family  the same into a model of another family (Gemma licence)"
 	@echo "make miniature     every arm of both papers on tiny models, three seeds (an hour and a half)"
-	@echo "make test          every test that needs no GPU: units, then integration"
+	@echo "make test          the tests that need no GPU: units, then integration"
 	@echo "make faults        break things, one after the other, and look what is lost (an hour)"
 	@echo "make check         ruff and mypy"
 	@echo "make format        let ruff rewrite the code"

@@ -66,6 +66,7 @@ def cluster(monkeypatch):
     return cluster
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(("cpus", "workers"), [(9, 8), (8, 8), (5, 5), (3, 3), (2, 2), (0, 2)])
 def test_as_many_start_as_find_room_and_never_fewer_than_the_least(cpus, workers, cluster):
     cluster.free, cluster.pool = {"training": cpus, "sampling": 0}, ["engines"]
@@ -184,6 +185,7 @@ class Announced:
 NOTICE = SimpleNamespace(preempted_ranks=[1], deadline_ms=None)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("first", [True, False])
 def test_an_announced_loss_of_a_node_saves_and_leaves_it(first, monkeypatch):
     look = Wishes(save=False, stop=False, look=True)
@@ -198,6 +200,7 @@ def test_nodes_are_looked_at_only_when_worker_0_asks_all_to(monkeypatch):
     assert announced.calls == 0
 
 
+@pytest.mark.fault
 def test_worker_0_asks_for_a_look_every_few_seconds_and_leaves_for_more_workers(monkeypatch):
     monkeypatch.setattr(worker, "say", lambda text: None)
     made = worker.Worker.__new__(worker.Worker)

@@ -65,6 +65,7 @@ def test_a_policy_keeps_what_it_says_and_all_stays_known(run, keep, tmp_path, ca
     ]
 
 
+@pytest.mark.fault
 def test_a_removed_checkpoint_is_not_a_damaged_one(run, tmp_path, capsys):
     marker = storage.read_json(run.checkpoint(1) / MARKER)
     thin_out(run, config(tmp_path, "last"))
@@ -77,6 +78,7 @@ def test_a_removed_checkpoint_is_not_a_damaged_one(run, tmp_path, capsys):
     assert run.epochs_published() == 0, "nobody knows, so it is trained again"
 
 
+@pytest.mark.fault
 def test_none_is_removed_before_those_that_stay_are_proved_whole(run, tmp_path):
     (run.checkpoint(3) / "model.safetensors").write_text("weights of epoch 4")
     with pytest.raises(RunError, match=r"epoch_003 is to stay and is damaged, so no other is"):
@@ -85,6 +87,7 @@ def test_none_is_removed_before_those_that_stay_are_proved_whole(run, tmp_path):
     assert not run.removed_file.exists()
 
 
+@pytest.mark.fault
 def test_a_removal_that_was_killed_is_finished(run, tmp_path, monkeypatch):
     def killed(folder):
         (folder / MARKER).unlink()
@@ -100,6 +103,7 @@ def test_a_removal_that_was_killed_is_finished(run, tmp_path, monkeypatch):
     assert [path.name for path in run.root.glob("checkpoints/epoch_*")] == ["epoch_003"]
 
 
+@pytest.mark.fault
 def test_a_checkpoint_that_is_made_again_is_there_again(run, tmp_path):
     settings = config(tmp_path, "last")
     thin_out(run, settings)

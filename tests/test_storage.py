@@ -61,6 +61,7 @@ def test_files_of_a_try_that_was_killed_do_not_stay(source, target):
     assert sorted(path.name for path in target.iterdir()) == [MARKER, "a.txt", "sub"]
 
 
+@pytest.mark.fault
 def test_a_damaged_download_is_refused(source, tmp_path):
     target = location(f"memory://{uuid.uuid4().hex}/target")
     publish_folder(source, target)
@@ -69,6 +70,7 @@ def test_a_damaged_download_is_refused(source, tmp_path):
         fetch_folder(target, tmp_path / "cache")
 
 
+@pytest.mark.fault
 def test_a_bucket_that_gives_back_other_bytes_is_not_believed(source, monkeypatch):
     target = location(f"memory://{uuid.uuid4().hex}/target")
 

@@ -55,7 +55,8 @@ class Cluster(Section):
     """The Ray cluster that the run works on."""
 
     address: Execution[str | None] = None
-    """The Ray cluster: null starts one on this machine, "auto" joins the one around a job."""
+    """The Ray cluster: null starts one on this machine, or joins that of RAY_ADDRESS, which a job
+    has; "auto" joins the one around."""
     accelerator: Execution[Literal["auto", "cpu", "gpu"]] = "auto"
     """What models run on; auto takes GPUs where a node with one is up, so say gpu where nodes start
     on demand."""
