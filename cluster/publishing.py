@@ -4,6 +4,7 @@ Object stores have no rename, so a folder counts only once its marker, written l
 marker names each file with its digest, and is what readers go by: a listing may be late.
 """
 
+import glob
 import json
 import os
 import shutil
@@ -123,11 +124,17 @@ def set_aside_folder(folder: UPath) -> None:
 
 
 def staging_folder(target: UPath) -> Path:
-    """A new empty folder to write files in, on `target`'s disk where that is local."""
+    """A new empty folder to write files in, on `target`'s disk where that is local.
+
+    One that a killed process left for the same target goes: it may be as large as the disk has room.
+    """
+    place, prefix = Path(tempfile.gettempdir()), f"potstill-{digest_text(str(target))}-"
     if is_local(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=_STAGING, dir=str(target.parent)))
-    return Path(tempfile.mkdtemp(prefix="potstill-"))
+        place, prefix = Path(target.parent.path), f"{_STAGING}{target.name}-"
+    place.mkdir(parents=True, exist_ok=True)
+    for leftover in place.glob(f"{glob.escape(prefix)}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=place))
 
 
 def discard_folder(folder: UPath) -> None:

@@ -18,6 +18,7 @@ from cluster.publishing import (
     is_published,
     publish_folder,
     settle,
+    staging_folder,
 )
 from cluster.storage import check_reachable, location, read_table, write_json, write_table
 
@@ -81,6 +82,15 @@ def test_a_bucket_that_gives_back_other_bytes_is_not_believed(source, monkeypatc
     with pytest.raises(RunError, match=r"a.txt does not give back what was written"):
         publish_folder(source, target)
     assert not is_published(target)
+
+
+def test_what_a_killed_process_has_not_published_makes_room(target):
+    left = staging_folder(target)
+    (left / "weights").write_text("half")
+    other = staging_folder(target.with_name("other"))
+    assert staging_folder(target).parent == left.parent
+    assert not left.exists()
+    assert other.exists(), "of another folder, which may be under way"
 
 
 def test_a_discarded_folder_is_gone(source, target):
