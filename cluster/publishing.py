@@ -126,7 +126,7 @@ def set_aside_folder(folder: UPath) -> None:
 def staging_folder(target: UPath) -> Path:
     """A new empty folder to write files in, on `target`'s disk where that is local.
 
-    One that a killed process left for the same target goes: it may be as large as the disk has room.
+    One that a killed process left for the same target goes: it may fill the disk.
     """
     place, prefix = Path(tempfile.gettempdir()), f"potstill-{digest_text(str(target))}-"
     if is_local(target):
