@@ -1,6 +1,7 @@
 """Which nodes of a cluster a stage may use: labels of nodes, as users write them."""
 
 import re
+from typing import Any
 
 _CLAUSE = re.compile(
     r"([A-Za-z0-9][A-Za-z0-9._/-]*)(!?=)([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)"
@@ -53,3 +54,15 @@ def matches(selector: str | None, labels: str | None) -> bool:
         has.get(label) != value[1:] if value.startswith("!") else has.get(label) == value
         for label, value in wanted.items()
     )
+
+
+def beside_driver() -> dict[str, Any]:
+    """Options of an actor that stays on this process's node, where else Ray takes any.
+
+    For what a run cannot be without: no other node that is lost then takes it along.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False)}

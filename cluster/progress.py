@@ -27,6 +27,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from cluster.placement import beside_driver
+
 _PLAIN_INTERVAL_S = 10.0
 _BOARD_INTERVAL_S = 0.5
 _board: Any = None
@@ -222,11 +224,8 @@ def attach(board: Any) -> None:
 def watched_board() -> Iterator[Any]:
     """Start a board, show what it hears until the block ends, and give its handle."""
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    # On the driver's own node: what else may be lost, the run goes on for as long as that is there.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board: Any = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
+    board: Any = ray.remote(Board).options(num_cpus=0, **beside_driver()).remote()
     stop = threading.Event()
     watcher = threading.Thread(target=_watch, args=(board, stop), daemon=True)
     watcher.start()

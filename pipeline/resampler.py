@@ -11,6 +11,7 @@ from typing import Any
 from cluster import storage
 from cluster.config import RunConfig
 from cluster.errors import RunError
+from cluster.placement import beside_driver
 from cluster.progress import attach, say
 from cluster.publishing import is_published, publishing
 from cluster.run_folder import RunFolder
@@ -177,10 +178,10 @@ class MixedPolicyResampler:
 
 
 def start_resampler(run: RunFolder, config: RunConfig, board: Any) -> Any:
-    """The resampler as an actor of no CPUs, restarted where it dies."""
+    """The resampler as an actor of no CPUs beside the driver, restarted where it dies."""
     import ray
 
     actor = ray.remote(MixedPolicyResampler)
-    return actor.options(num_cpus=0, max_restarts=-1, max_task_retries=3).remote(
+    return actor.options(num_cpus=0, max_restarts=-1, max_task_retries=3, **beside_driver()).remote(
         run, config, board, endpoint_keys(config)
     )

@@ -74,6 +74,7 @@ def a_head(home: Path, free_port, options: list[str]):
 
     `ray stop` would end every Ray of the machine.
     """
+    home.mkdir(exist_ok=True)
     token = home / "token"
     token.write_text(secrets.token_hex(16))
     port = free_port()
