@@ -139,7 +139,7 @@ def test_a_configuration_that_cannot_be_read(command, text, recipe, refused):
 TABLE = "title: T\nrecipe: recipe.yaml\nfolder: tables\ntasks: {one: {}}\n"
 TABLES = {
     "no table": (b"title: [", "is not valid YAML"),
-    "no arms": (f"{TABLE}blocks: []".encode(), "blocks: Tuple should have at least 1 item"),
+    "no arms": (f"{TABLE}blocks: []".encode(), "blocks=[]: tuple should have at least 1 item"),
     "an unknown arm": (f"{TABLE}blocks: [{{student: S, arms: [best]}}]".encode(), "'best'"),
     "Latin-1": ("title: für alle".encode("latin-1"), "is not valid YAML"),
 }

@@ -98,10 +98,10 @@ def test_steps_are_written_every_few_seconds_of_the_monotonic_clock(tmp_path, mo
 
 def test_a_state_is_due_after_minutes_of_the_monotonic_clock(monkeypatch):
     trainer = object.__new__(Worker)
-    trainer.first, trainer.missing = True, None
+    trainer.first = True
     trainer.saved_at = trainer.looked_at = time.monotonic()
     trainer.training = type("Training", (), {"save_minutes": 30})
-    trainer._asked_to_stop = lambda: False
+    trainer._is_to_leave = lambda: False
     assert not trainer._wishes().save
     trainer.saved_at -= 30 * 60
     assert trainer._wishes().save
