@@ -111,9 +111,12 @@ def result_of(reference: Any, timeout_s: float | None = None) -> Any:
 
 def own_error(error: BaseException | None) -> BaseException | None:
     """The mistake or failure of ours that Ray, or its Data, has wrapped into errors of its own."""
-    while error is not None and not isinstance(error, BadInputError | RunError):
-        error = getattr(error, "cause", None) or error.__cause__
-    return error
+    while error is not None:
+        wrapped = getattr(error, "cause", None)  # Ray's, which may be of our class as well
+        if wrapped is None and isinstance(error, BadInputError | RunError):
+            return error
+        error = wrapped or error.__cause__
+    return None
 
 
 def start_serve(config: RunConfig) -> None:

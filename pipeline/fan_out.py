@@ -54,6 +54,8 @@ def _run(
 ) -> Iterator[pa.Table]:
     import ray
 
+    # Ray Data else raises an error of its own, in which on its way here ours is lost.
+    ray.data.DataContext.get_current().raise_original_map_exception = True
     size = engines.batch_rows
     blocks = [
         pa.Table.from_pylist([asdict(row) for row in rows[start : start + size]])
@@ -69,7 +71,11 @@ def _run(
     try:
         yield from answered.iter_batches(batch_size=None, batch_format="pyarrow")
     except ray.exceptions.RayError as error:
-        raise (own_error(error) or error) from None
+        ours = own_error(error)
+        if ours is None:
+            raise
+        # Ours are one line; what Ray Data has added is how to make it try again.
+        raise type(ours)(str(ours).partition("\n")[0]) from None
 
 
 def ask_patiently(ask: Callable[[], Answers], patience_s: float) -> Answers:

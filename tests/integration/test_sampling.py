@@ -17,6 +17,7 @@ from cluster.publishing import discard_folder
 from cluster.run_folder import open_run
 from cluster.session import ray_session, result_of
 from cluster.storage import location, read_table
+from pipeline.fan_out import through_engines
 from pipeline.models import model_digest
 from pipeline.pool import release_engines
 from pipeline.resampler import MixedPolicyResampler, start_resampler
@@ -136,6 +137,19 @@ def test_samples_are_keyed_seeded_and_never_drawn_twice(
     assert {key: row.text for key, row in by_key(again).items()} == {
         key: row.text for key, row in by_key(first).items()
     }
+
+
+@pytest.mark.usefixtures("session")
+def test_an_error_of_ours_comes_back_from_ray_data_as_itself(config, prompts):
+    class Fails:
+        def __call__(self, batch):
+            try:
+                raise OSError("no space left")
+            except OSError as error:
+                raise RunError("the store cannot be written") from error
+
+    with pytest.raises(RunError, match=r"^the store cannot be written$"):
+        list(through_engines(prompts, Fails, (), config.engines))
 
 
 @pytest.mark.usefixtures("session")
