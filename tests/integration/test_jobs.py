@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import requests
 
+from cluster.run_folder import RunFolder
+from cluster.storage import location
 from tests.integration.runs import end, family_of, go, write_recipe
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
@@ -239,7 +241,7 @@ def test_a_run_whose_head_is_lost_goes_on_when_it_is_sent_to_another(guesser, fr
     with a_head(tmp_path / "first", free_port, options) as head:
         job = job_of(head.submit(recipe.home).stdout)
         deadline = time.monotonic() + 300
-        while len(recipe.steps(1)) < 50:
+        while not RunFolder(location(str(recipe.run))).saved_steps():
             assert time.monotonic() < deadline, head.potstill("logs", job, "--address", head.url)
             time.sleep(0.05)
         for process in family_of(head.pid):
