@@ -222,7 +222,7 @@ def test_a_full_disk_ends_a_run_that_goes_on_once_there_is_room(
     for place in disks:  # samples, then pairs, then a checkpoint find no room
         ended = go(recipe, THROUGH_ENGINES)
         assert ended.code == 1, ended.screen
-        assert re.search(rf"\nerror: {place}/.* cannot be written .*free space", ended.screen)
+        assert re.search(rf"\nstopped: {place}/.* cannot be written .*free space", ended.screen)
         subprocess.run(["mount", "-o", "remount,size=64m", str(place)], check=True)
     assert go(recipe, THROUGH_ENGINES).code == 0
     assert_as_undisturbed(recipe, whole[0])
