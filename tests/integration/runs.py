@@ -47,6 +47,11 @@ class Recipe:
         files = [str(file).removesuffix(".ok") for file in (self.home / "store").rglob("*.ok")]
         return [key for file in files for key in pq.read_table(file)["key"].to_pylist()]
 
+    def traced(self) -> list[str]:
+        """Keys of the samples that pairs were drawn from."""
+        files = (self.run / "completions").glob("*.parquet")
+        return [key for file in files for key in pq.read_table(file)["key"].to_pylist()]
+
     def steps(self, epoch: int) -> list[int]:
         """Numbers of an epoch's training steps, in the order in which they were taken."""
         return [line["step"] for line in self._trained(epoch)]

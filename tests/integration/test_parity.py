@@ -1,25 +1,13 @@
 """Trainer and sampler mean the same by a log-probability."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+
+from tests.integration.vllm_scores import vllm_logprobs
 
 pytestmark = pytest.mark.integration
 
 ANSWER = r"He starts with 3 pens. 3 + 5 = 8. The answer is \boxed{8}."
-
-
-def vllm_logprobs(folder, prompt, response, out):
-    """Log-probabilities of the response's tokens, as vLLM gives them for a prompt."""
-    program = Path(__file__).with_name("vllm_scores.py")
-    request = json.dumps({"prompt": prompt, "response": response})
-    command = [sys.executable, str(program), str(folder), request, str(out)]
-    subprocess.run(command, capture_output=True, timeout=300, check=True)
-    return torch.tensor(json.loads(out.read_text()))
 
 
 @pytest.mark.parametrize("family", ["tiny_llama", "tiny_gemma"])

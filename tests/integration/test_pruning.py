@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.integration.vllm_scores import vllm_logprobs
+
 pytestmark = pytest.mark.integration
 
 PROJECT = Path(__file__).parents[2]
@@ -29,15 +31,6 @@ def prune(folder, ratio, out, cache):
         text=True,
         timeout=300,
     )
-
-
-def vllm_logprobs(folder, prompt, response, out):
-    program = Path(__file__).with_name("vllm_scores.py")
-    request = json.dumps({"prompt": prompt, "response": response})
-    command = [sys.executable, str(program), str(folder), request, str(out)]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert finished.returncode == 0, finished.stderr
-    return torch.tensor(json.loads(out.read_text()))
 
 
 @pytest.mark.parametrize("family", RATIOS)

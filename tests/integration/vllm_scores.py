@@ -1,12 +1,24 @@
-"""Writes vLLM's log-probabilities of a response to a file: a program, as vLLM wants its own.
+"""vLLM's log-probabilities of a response, by a program of its own, which writes them to a file.
 
 python vllm_scores.py FOLDER '{"prompt": [ids], "response": [ids]}' OUT.json
 """
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
+
+
+def vllm_logprobs(folder, prompt, response, out):
+    """Log-probabilities of the response's tokens, as vLLM gives them for a prompt."""
+    import torch
+
+    request = json.dumps({"prompt": prompt, "response": response})
+    command = [sys.executable, __file__, str(folder), request, str(out)]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    return torch.tensor(json.loads(out.read_text()))
 
 
 def main() -> None:
