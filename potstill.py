@@ -46,6 +46,7 @@ RunPath = Annotated[str, typer.Argument(help="The folder or URL of a run.")]
 def plan(config: RecipeOrTable, overrides: Overrides = None, arm: Arm = None) -> None:
     """Print what a run or a table would do and cost, and all it would refuse. Starts no model."""
     from evals.runs import tell_plans
+    from evals.tables.fit import refuse_misfits
     from evals.tables.plan import describe_table
     from evals.tables.spec import is_table, load_table
 
@@ -54,7 +55,9 @@ def plan(config: RecipeOrTable, overrides: Overrides = None, arm: Arm = None) ->
             raise BadInputError(
                 f"{config} is a table, which has its own options and arms: give none"
             )
-        console().print(describe_table(*load_table(config)))
+        spec, cells = load_table(config)
+        console().print(describe_table(spec, cells))
+        refuse_misfits(cells)
         return
     hush(cache_folder() / "logs" / "plan.log")
     tell_plans(load_recipe(config, overrides, arm))

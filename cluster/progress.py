@@ -26,6 +26,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 from cluster.placement import beside_driver
 
@@ -155,12 +156,13 @@ def progress(description: str, total: int) -> Iterator[Bar | BoardBar]:
 
 
 def _bars() -> Progress:
+    # Where 80 columns are too few, the text takes another line, and no number is cut.
+    text = TextColumn("{task.description}  {task.fields[figures]}", table_column=Column())
     return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
+        text,
+        BarColumn(bar_width=10),
         MofNCompleteColumn(),
         TaskProgressColumn(),
-        TextColumn("{task.fields[figures]}"),
         TimeElapsedColumn(),
         TextColumn("eta"),
         TimeRemainingColumn(),

@@ -3,6 +3,7 @@
 import io
 import os
 import pty
+import re
 import subprocess
 import sys
 
@@ -33,6 +34,16 @@ def test_plain_lines_come_at_the_start_at_intervals_and_at_the_end(screen, monke
     assert start == "sampling  0/4 (0 %)"
     assert first.startswith("sampling  2/4 (50 %)  loss 1.25")
     assert last == "sampling  4/4 (100 %)  loss 0.5"
+
+
+def test_no_number_is_cut_on_a_terminal_of_80_columns(monkeypatch):
+    stream = io.StringIO()
+    terminal = Console(file=stream, width=80, force_terminal=True, color_system=None)
+    monkeypatch.setattr(module, "_console", terminal)
+    with progress("epoch 12/12", 1200) as bar:
+        bar.reach(1200, loss=1.8225, margin=0.40651)
+    assert re.search("loss 1.82.*1200/1200 100% 0:00:00 eta 0:00:00", stream.getvalue())
+    assert "…" not in stream.getvalue()
 
 
 def test_text_is_never_markup(screen):

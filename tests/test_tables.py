@@ -16,6 +16,7 @@ from evals.accuracy import Answer, answers_table
 from evals.stage import answers_file
 from evals.tables import run as running
 from evals.tables.figures import chosen_result, is_done, measured
+from evals.tables.fit import refuse_misfits
 from evals.tables.layout import as_csv, lines_of, markdown, page
 from evals.tables.plan import describe_table
 from evals.tables.spec import load_table
@@ -186,6 +187,20 @@ def test_every_shipped_table_has_a_plan(path):
     assert describe_table(described, cells).row_count == len(described.blocks) + 2 + (
         bool(cells[0].stages[0].cluster.nodes)
     )
+    refuse_misfits(cells)
+
+
+def test_a_cell_that_finds_no_room_is_named_before_the_table_starts(tmp_path):
+    (shipped,) = [path for path in TABLES if path.stem == "dadpo_tables"]
+    raw = yaml.safe_load(shipped.read_text())
+    raw["recipe"] = str(shipped.parent / raw["recipe"])
+    del raw["options"]  # leaves the recipe's smaller nodes
+    (tmp_path / "table.yaml").write_text(yaml.safe_dump(raw))
+    _, cells = load_table(tmp_path / "table.yaml")
+    room = r"No room for 8 training workers .*teacher 14.2"
+    told = rf"^Qwen2.5 1.5B, dsft_kl, .*: {room}.*; Qwen2.5 1.5B, ddpo_kl, .*: {room}"
+    with pytest.raises(BadInputError, match=told):
+        refuse_misfits(cells)
 
 
 def test_there_are_the_papers_tables():

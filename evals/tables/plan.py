@@ -43,7 +43,7 @@ def describe_table(spec: TableSpec, cells: Sequence[Cell]) -> Table:
     for block in spec.blocks:
         ours = [cell for cell in cells if cell.student == block.student]
         every.append(hours_between(partial(_of_students, ours), on_gpu))
-        steps = sum(count_steps(stage, _sizes(stage)) for _, stage in _distinct_stages(ours))
+        steps = sum(count_steps(stage, sizes_of(stage)) for _, stage in distinct_stages(ours))
         table.add_row(block.student, str(len(ours)), f"{steps:,}", _between(every[-1]))
     decoding, training = (sum(part, Span(0, 0)) for part in zip(*every, strict=True))
     table.add_row("all", str(len(cells)), "", _between([decoding, training]))
@@ -79,7 +79,7 @@ def _of_teachers(cells: Iterable[Cell], share: float) -> Work:
         for teacher in local_teachers(cell.stages[0]).values()
     }
     work = (
-        sampled(config, _sizes(config), _parameters(config, teacher), share)
+        sampled(config, sizes_of(config), _parameters(config, teacher), share)
         for teacher, config in asked.values()
     )
     return sum(work, Work())
@@ -88,7 +88,7 @@ def _of_teachers(cells: Iterable[Cell], share: float) -> Work:
 def _of_students(cells: Iterable[Cell], share: float) -> Work:
     """Negatives, training and evaluation of cells; the base student's traces once a task."""
     total, with_traces = Work(), set()
-    for cell, config in _distinct_stages(cells):
+    for cell, config in distinct_stages(cells):
         of_base, rounds = (cell.task, cell.seed), student_rounds(config)
         if base_rounds(config):
             rounds -= of_base in with_traces
@@ -99,7 +99,7 @@ def _of_students(cells: Iterable[Cell], share: float) -> Work:
 
 def _of_stage(config: RunConfig, rounds: int, share: float) -> Work:
     """One stage of a cell, with so many rounds of sampling its student."""
-    sizes = _sizes(config)
+    sizes = sizes_of(config)
     models = {name: _parameters(config, model) for name, model in local_models(config).items()}
     size = models["student"]
     work = [sampled(config, sizes, size, share) for _ in range(rounds)]
@@ -107,13 +107,14 @@ def _of_stage(config: RunConfig, rounds: int, share: float) -> Work:
     return sum(work, trained(config, sizes, size, share))
 
 
-def _distinct_stages(cells: Iterable[Cell]) -> list[tuple[Cell, RunConfig]]:
+def distinct_stages(cells: Iterable[Cell]) -> list[tuple[Cell, RunConfig]]:
     """The stages of all cells, each that several share once."""
     found = {config.run.folder: (cell, config) for cell in cells for config in cell.stages}
     return list(found.values())
 
 
-def _sizes(config: RunConfig) -> Sizes:
+def sizes_of(config: RunConfig) -> Sizes:
+    """How many prompts a task has. Raises BadInputError where that is not known yet."""
     sizes = known_sizes(config.task)
     if sizes is None:
         raise BadInputError(

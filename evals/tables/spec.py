@@ -41,6 +41,8 @@ class TableSpec(Section):
     """The recipe that every cell runs, relative to this file."""
     folder: str
     """Where the runs of the cells and the table itself lie: a path or a URL."""
+    options: Options = Field(default_factory=dict)
+    """What every cell changes in the recipe."""
     blocks: Annotated[tuple[Block, ...], Field(min_length=1)]
     """Students with their arms."""
     tasks: Annotated[dict[str, Options], Field(min_length=1)]
@@ -105,7 +107,7 @@ def _cells(spec: TableSpec, place: Path) -> Iterator[Cell]:
         recipe = place / (block.recipe or spec.recipe)
         for arm in block.arms:
             name = "/".join([_slug(block.student), arm, _slug(task), f"seed_{seed}"])
-            options = block.options | of_task | {"run.seed": seed}
+            options = spec.options | block.options | of_task | {"run.seed": seed}
             options["run.folder"] = f"{spec.folder.rstrip('/')}/{name}"
             stages = load_recipe(recipe, arm=arm, options=options)
             yield Cell(block.student, arm, task, seed, tuple(_share(stages, known)))

@@ -1,6 +1,23 @@
-"""What several files of training tests start from."""
+"""What several files share: a Ray, a run to compare with, times that are shown at the end."""
+
+from collections.abc import Callable
 
 import pytest
+
+TIMES = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture(scope="session")
+def measured(pytestconfig) -> Callable[[str], None]:
+    """Takes a line on how long it took to recover; docs/faults.md has such times."""
+    return pytestconfig.stash.setdefault(TIMES, []).append
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if times := config.stash.get(TIMES, None):
+        terminalreporter.section("times measured")
+        for line in times:
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="module")

@@ -68,6 +68,11 @@ class Recipe:
     def evaluated(self) -> set[str]:
         return {file.stem for file in self.run.glob("evals/*.json")}
 
+    def work(self) -> int:
+        """Files of samples, steps and results that are there; grows while a run gets on."""
+        files = len([*(self.home / "store").rglob("*.ok")])
+        return files + len(self.steps(1)) + len(self.steps(2)) + len(self.evaluated())
+
     def as_overrides(self) -> list[str]:
         """What the file says, as options over another recipe."""
         config = yaml.safe_load(self.file.read_text())
@@ -89,6 +94,18 @@ class Try:
     code: int
     screen: str
     seconds: float
+
+
+class Recovery:
+    """Measures from now to the first new work of a run; look at it while the run goes on."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe, self._before, self._began = recipe, recipe.work(), time.monotonic()
+        self.seconds: float | None = None
+
+    def look(self) -> None:
+        if self.seconds is None and self._recipe.work() > self._before:
+            self.seconds = time.monotonic() - self._began
 
 
 def go(

@@ -30,10 +30,11 @@ def recipe(guesser, free_port, tmp_path):
     return write_bucket_recipe(tmp_path / "home", guesser, free_port())
 
 
-def test_a_run_in_a_bucket_survives_storage_that_refuses_and_stalls(storage, recipe):
+def test_a_run_in_a_bucket_survives_storage_that_refuses_and_stalls(storage, recipe, measured):
     before = set(PROJECT.iterdir())
     ended = go(recipe)
     assert ended.code == 0, ended.screen
+    measured(f"a bucket that refused {storage.refused} requests: {ended.seconds:.0f} s")
     assert storage.refused > 20, "it was not flaky"
     assert storage.stalled > 5
     folder = RunFolder(location("s3://bucket/run"))

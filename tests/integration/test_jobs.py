@@ -16,7 +16,7 @@ import requests
 
 from cluster.run_folder import RunFolder
 from cluster.storage import location
-from tests.integration.runs import end, family_of, go, write_recipe
+from tests.integration.runs import Recovery, end, family_of, go, write_recipe
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -33,6 +33,10 @@ class Head:
     options: list[str]
     """Which make the recipe one of tiny models."""
     pid: int
+
+    @property
+    def at(self) -> list[str]:
+        return ["--address", self.url]
 
     def potstill(
         self, *arguments: str, limit_s: float = JOB_LIMIT_S, **variables: str
@@ -52,12 +56,12 @@ class Head:
     ) -> subprocess.CompletedProcess[str]:
         recipe = "configs/quickstart_small.yaml"
         places = [f"run.folder={run}/run", f"run.store={run}/store"]
-        rest = [*self.options, *arguments, "--address", self.url]
+        rest = [*self.options, *arguments, *self.at]
         return self.potstill("submit", recipe, *places, *rest, limit_s=limit_s)
 
     def log_once_it_has(self, job: str, words: str) -> str:
         deadline = time.monotonic() + JOB_LIMIT_S
-        while words not in (log := self.potstill("logs", job, "--address", self.url).stdout):
+        while words not in (log := self.potstill("logs", job, *self.at).stdout):
             assert time.monotonic() < deadline, log
             time.sleep(1)
         return log
@@ -150,7 +154,7 @@ def test_a_run_that_the_cluster_refuses_comes_back_with_its_words_and_code(head,
     assert ended.returncode == 2, ended.stdout
     assert re.search(rf"^error: .*{gone}", ended.stdout, re.MULTILINE), ended.stdout
     assert "state: FAILED, exit code 2\n" in ended.stdout
-    again = head.potstill("logs", job, "--address", head.url)
+    again = head.potstill("logs", job, *head.at)
     assert again.returncode == 0
     assert f"{gone}" in again.stdout
     assert not (tmp_path / "run").exists()
@@ -164,10 +168,10 @@ def test_a_run_is_watched_and_stopped_and_may_go_on(head, tmp_path):
     running = head.potstill("status", job, RAY_ADDRESS=head.url)
     assert "state: RUNNING\n" in running.stdout, running.stdout + log
     assert f"run: {tmp_path}/run, store: {tmp_path}/store\n" in running.stdout
-    stopped = head.potstill("stop", job, "--address", head.url)
+    stopped = head.potstill("stop", job, *head.at)
     assert stopped.returncode == 0, stopped.stdout
     assert "state: STOPPED" in stopped.stdout
-    followed = head.potstill("logs", job, "--address", head.url, "--follow")
+    followed = head.potstill("logs", job, *head.at, "--follow")
     assert followed.returncode == 75, followed.stdout
     assert "interrupted: the same command goes on from here\n" in followed.stdout
     assert (tmp_path / "run" / "config.yaml").exists()
@@ -208,8 +212,8 @@ def test_a_job_that_is_stopped_has_time_to_put_itself_down(head, tmp_path):
     )
     job = sent.stdout.strip()
     head.log_once_it_has(job, "up\n")
-    assert head.potstill("stop", job, "--address", head.url).returncode == 0
-    assert "put down\n" in head.potstill("logs", job, "--address", head.url).stdout
+    assert head.potstill("stop", job, *head.at).returncode == 0
+    assert "put down\n" in head.potstill("logs", job, *head.at).stdout
 
 
 @pytest.mark.parametrize("token", ["", "0" * 32])
@@ -218,7 +222,7 @@ def test_who_has_no_token_or_a_wrong_one_is_told_so(head, token, tmp_path):
     wrong.write_text(token)
     mode = "token" if token else "disabled"
     variables = {"RAY_AUTH_TOKEN_PATH": str(wrong), "RAY_AUTH_MODE": mode}
-    refused = head.potstill("status", "--address", head.url, **variables)
+    refused = head.potstill("status", *head.at, **variables)
     assert refused.returncode == 2
     assert refused.stdout.startswith(f"error: the cluster at {head.url} wants its token")
 
@@ -232,7 +236,9 @@ NOT_SHRUNK = ["pairs.negatives=wrong"] + [
 @pytest.mark.fault
 @pytest.mark.long
 @pytest.mark.timeout(1500)
-def test_a_run_whose_head_is_lost_goes_on_when_it_is_sent_to_another(guesser, free_port, tmp_path):
+def test_a_run_whose_head_is_lost_goes_on_when_it_is_sent_to_another(
+    guesser, free_port, tmp_path, measured
+):
     calm = write_recipe(tmp_path / "calm", guesser, free_port())
     options = ["evaluation.through=engines", "training.save_minutes=0.02"]
     assert go(calm, options).code == 0
@@ -242,13 +248,19 @@ def test_a_run_whose_head_is_lost_goes_on_when_it_is_sent_to_another(guesser, fr
         job = job_of(head.submit(recipe.home).stdout)
         deadline = time.monotonic() + 300
         while not RunFolder(location(str(recipe.run))).saved_steps():
-            assert time.monotonic() < deadline, head.potstill("logs", job, "--address", head.url)
+            assert time.monotonic() < deadline, head.potstill("logs", job, *head.at)
             time.sleep(0.05)
         for process in family_of(head.pid):
             process.kill()
     with a_head(tmp_path / "second", free_port, options) as head:
-        ended = head.submit(recipe.home, "--wait", limit_s=600)
-    print(ended.stdout)
+        recovery, deadline = Recovery(recipe), time.monotonic() + 300
+        job = job_of(head.submit(recipe.home).stdout)
+        while recovery.seconds is None:
+            assert time.monotonic() < deadline, head.potstill("logs", job, *head.at)
+            recovery.look()
+            time.sleep(0.1)
+        ended = head.potstill("logs", job, "--follow", *head.at, limit_s=600)
+    measured(f"head lost: new work {recovery.seconds:.0f} s after the run was sent to another")
     assert ended.returncode == 0, ended.stdout
     assert re.search(r"going on after step \d+, with the optimizer's state", ended.stdout)
     assert sorted(recipe.keys()) == sorted(calm.keys())

@@ -49,10 +49,10 @@ def nodes():
 
 
 @pytest.fixture(scope="module")
-def undisturbed(guesser, free_port, tmp_path_factory) -> Recipe:
+def undisturbed(guesser, free_port, tmp_path_factory, measured) -> Recipe:
     recipe = write_recipe(tmp_path_factory.mktemp("undisturbed"), guesser, free_port())
     ended = go(recipe, OPTIONS[3:])
-    print(f"undisturbed: {ended.seconds:.0f} s")
+    measured(f"no node lost: {ended.seconds:.0f} s")
     assert ended.code == 0, ended.screen
     return recipe
 
@@ -72,7 +72,9 @@ def happening(events: list[Event]) -> Callable[[str], bool]:
     return look
 
 
-def test_a_run_goes_on_without_the_nodes_it_loses(nodes, undisturbed, guesser, free_port, tmp_path):
+def test_a_run_goes_on_without_the_nodes_it_loses(
+    nodes, undisturbed, guesser, free_port, tmp_path, measured
+):
     """The sampling node goes while the teacher is sampled, the training node in epoch 1."""
     recipe = write_recipe(tmp_path / "home", guesser, free_port())
     sampling, training = nodes.add("sampling"), nodes.add("training")
@@ -82,7 +84,7 @@ def test_a_run_goes_on_without_the_nodes_it_loses(nodes, undisturbed, guesser, f
     ]
     options = [f"cluster.address={nodes.cluster.address}", *OPTIONS]
     ended = go(recipe, options, until=happening(losses))
-    print(ended.screen, f"{ended.seconds:.0f} s")
+    measured(f"a sampling and a training node lost: {ended.seconds:.0f} s")
     assert ended.code == 0, ended.screen
     assert losses == [], "both nodes are lost"
     assert "training lost worker 0 of 1: going on" in ended.screen

@@ -4,13 +4,14 @@ import re
 import shutil
 import signal
 import subprocess
+from itertools import pairwise
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.integration.runs import TRACES, Recipe, Try, go, write_recipe
+from tests.integration.runs import TRACES, Recipe, Recovery, Try, go, write_recipe
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
 
@@ -26,7 +27,6 @@ def whole(guesser, free_port, tmp_path_factory):
     """A run that nothing disturbed, and how it ended."""
     recipe = write_recipe(tmp_path_factory.mktemp("whole"), guesser, free_port())
     ended = go(recipe, THROUGH_ENGINES)
-    print(ended.screen, f"{ended.seconds:.0f} s")
     assert ended.code == 0, ended.screen
     return recipe, ended.screen
 
@@ -52,27 +52,29 @@ STAGES = {
         pytest.param([*STAGES], id="in each stage", marks=pytest.mark.long),
     ],
 )
-def disturbed(request, whole, guesser, free_port, tmp_path_factory):
+def disturbed(request, whole, guesser, free_port, tmp_path_factory, measured):
     """A run that was killed in one or all stages, and what it said in the try after each kill."""
     recipe = write_recipe(tmp_path_factory.mktemp("disturbed"), guesser, free_port())
     stages, overrides = request.param, []
     if stages != [*STAGES]:  # what is not put to the test is made short
         share_samples(whole[0], recipe)
         overrides = THROUGH_ENGINES
-    screens, killed = {}, None
-    for stage in stages:
-        under_way, result = STAGES[stage]
-        ended = go(recipe, overrides, until=lambda _, under_way=under_way: under_way(recipe))
-        print(f"--- killed in {stage} after {ended.seconds:.0f} s\n{ended.screen}")
-        assert ended.code == -signal.SIGKILL, ended.screen
-        assert not (recipe.run / result).exists(), f"not killed in {stage}, but after it"
+    screens = {}
+    for killed, stage in pairwise([None, *stages, None]):
+        recovery = Recovery(recipe)
+        under_way, result = STAGES.get(stage, (lambda _: False, None))
+
+        def look(_, recovery=recovery, under_way=under_way) -> object:
+            recovery.look()
+            return under_way(recipe)
+
+        ended = go(recipe, overrides, until=look)
+        assert ended.code == (-signal.SIGKILL if stage else 0), ended.screen
+        assert not (stage and (recipe.run / result).exists()), f"killed after {stage}, not in it"
         if killed:
             screens[killed] = ended.screen
-        killed = stage
-    ended = go(recipe, overrides)
-    print(f"--- {ended.seconds:.0f} s\n{ended.screen}")
-    assert ended.code == 0, ended.screen
-    return recipe, screens | {killed: ended.screen}
+            measured(f"driver killed in {killed}: new work after {recovery.seconds:.0f} s")
+    return recipe, screens
 
 
 def share_samples(giver: Recipe, taker: Recipe) -> None:

@@ -272,7 +272,7 @@ def test_a_warm_engine_takes_new_weights(config, tiny_llama, tmp_path, prompts, 
 @pytest.mark.parametrize("killed", ["EngineCore", "ServeReplica:potstill-sampler"])
 @pytest.mark.usefixtures("session")
 def test_an_engine_that_dies_in_the_midst_of_a_batch_loses_nothing(
-    killed, config, tiny_llama, prompts, tmp_path
+    killed, config, tiny_llama, prompts, tmp_path, measured
 ):
     many = with_options(config, sampling={"samples": 20, "max_new_tokens": 100})
     student = writer(many, tiny_llama, prompts)
@@ -284,7 +284,7 @@ def test_an_engine_that_dies_in_the_midst_of_a_batch_loses_nothing(
     killing = kill_once_under_way(killed, lambda: [*folder.rglob("*.parquet.ok")])
     disturbed = by_key(sample(student, prompts, many, stores[1], on_gpu=False))
     longer = time.monotonic() - middle - (middle - started)
-    print(f"{killed}: sampling took {longer:.0f} s longer")
+    measured(f"{killed} killed: sampling took {longer:.0f} s longer")
     killing.join(1)
     assert not killing.is_alive()
     assert sorted(stored_keys(folder)) == sorted(calm), "a sample is lost, or there twice"
@@ -309,18 +309,20 @@ def guessing(config: RunConfig, guesser: Path, folder: Path) -> RunConfig:
 @pytest.mark.fault
 @pytest.mark.long
 @pytest.mark.usefixtures("session")
-def test_a_resampler_that_is_killed_makes_the_same_pairs(config, guesser, tmp_path):
+def test_a_resampler_that_is_killed_makes_the_same_pairs(config, guesser, tmp_path, measured):
     calm, disturbed = (guessing(config, guesser, tmp_path / name) for name in ("calm", "disturbed"))
     store = tmp_path / "disturbed" / "store"
     killing = kill_once_under_way(
         "ray::MixedPolicyResampler", lambda: [*store.rglob("*.parquet.ok")]
     )
-    tables = []
+    tables, took = [], []
     for one in (calm, disturbed):
-        run = open_run(one)
+        run, began = open_run(one), time.monotonic()
         assert result_of(start_resampler(run, one, board=None).prepare_epoch.remote(1))["pairs"]
         tables.append(read_table(run.pairs(1)))
+        took.append(time.monotonic() - began)
     assert not killing.is_alive()
+    measured(f"resampler killed: pairs took {took[1] - took[0]:.0f} s longer")
     assert tables[0].equals(tables[1])
     keys = stored_keys(store)
     assert len(keys) == len(set(keys)) == 2 * PROBLEMS["train"] * 8

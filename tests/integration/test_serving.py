@@ -332,7 +332,7 @@ def kill_replica(name: str) -> float:
     ],
 )
 def test_a_replica_that_dies_under_load_takes_no_more_than_what_it_had(
-    endpoint, client, replica, tries_again
+    endpoint, client, replica, tries_again, measured
 ):
     truth = complete(client, "base").choices[0].message.content
     killed = [float("inf")]
@@ -347,8 +347,8 @@ def test_a_replica_that_dies_under_load_takes_no_more_than_what_it_had(
     thread.join()
     lost = [one for one in asked if one.text is None]
     back = min(one.ended for one in asked if one.text and one.sent > killed[0]) - killed[0]
-    print(
-        f"{replica}: {len(asked)} requests, {len(lost)} lost, {tries_again} tries again, "
+    measured(
+        f"{replica} killed: {len(asked)} requests, {len(lost)} lost, {tries_again} tries again, "
         f"the first new one answered after {back:.0f} s"
     )
     assert {one.text for one in asked} - {None} == {truth}

@@ -178,12 +178,21 @@ def _assert_as_undisturbed(
 
 
 @pytest.mark.fault
-def test_sigterm_saves_in_the_midst_of_an_epoch(undisturbed, tiny_llama, tmp_path, capsys):
+def test_sigterm_saves_in_the_midst_of_an_epoch(
+    undisturbed, tiny_llama, tmp_path, capsys, measured
+):
     run, config = RunFolder(UPath(tmp_path)), config_of(tmp_path, tiny_llama, **LONG)
     publish_pairs(run, 1)
-    _at_step(run, 20, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    asked = []
+
+    def ask_to_stop() -> None:
+        asked.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    _at_step(run, 20, ask_to_stop)
     with watched_board() as board, pytest.raises(KeyboardInterrupt):
         train(run, config, None, board)
+    measured(f"SIGTERM in training: saved and ended after {time.monotonic() - asked[0]:.1f} s")
     assert "asked to stop: saving" in capsys.readouterr().out
     done = len(metrics_of(run))
     assert run.saved_steps() == [done]
@@ -248,7 +257,7 @@ def test_training_goes_on_with_one_worker_where_the_other_is_lost(
 
 @pytest.mark.fault
 def test_a_killed_worker_is_replaced_and_goes_on_from_the_last_saved_state(
-    undisturbed, tiny_llama, tmp_path
+    undisturbed, tiny_llama, tmp_path, measured
 ):
     run = RunFolder(UPath(tmp_path))
     config = config_of(tmp_path, tiny_llama, save_minutes=0.01, **LONG)
@@ -257,6 +266,9 @@ def test_a_killed_worker_is_replaced_and_goes_on_from_the_last_saved_state(
     def kill_worker() -> None:
         for process in _workers():
             process.kill()
+        killed, before = time.monotonic(), len(metrics_of(run))
+        _at_step(run, before + 1, lambda: None).join()
+        measured(f"training worker killed: next step after {time.monotonic() - killed:.0f} s")
 
     killing = _at_step(run, 40, kill_worker)
     train(run, config, None)
