@@ -1,5 +1,6 @@
 """Where the negatives of each epoch came from, read from the written pairs: phi as it was."""
 
+from cluster.config import RunConfig
 from cluster.publishing import is_published, read_published
 from cluster.run_folder import RunFolder
 from pipeline.pairs import PairCounts, count_pairs
@@ -14,7 +15,8 @@ def read_pairs(run: RunFolder, epoch: int) -> list[Pair]:
     return from_table(Pair, read_published(folder))
 
 
-def audit_run(run: RunFolder, epochs: int) -> dict[int, PairCounts]:
+def audit_run(run: RunFolder, config: RunConfig) -> dict[int, PairCounts]:
     """The counts of every epoch that has pairs."""
-    found = {epoch: read_pairs(run, epoch) for epoch in range(1, epochs + 1)}
-    return {epoch: count_pairs(pairs) for epoch, pairs in found.items() if pairs}
+    epochs = range(1, config.training.epochs + 1)
+    found = {epoch: read_pairs(run, epoch) for epoch in epochs}
+    return {epoch: count_pairs(pairs, config.pairs) for epoch, pairs in found.items() if pairs}

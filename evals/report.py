@@ -46,7 +46,7 @@ def _details(run: RunFolder, config: RunConfig, results: list[Result]) -> dict[s
     charts += training_curves(_training_steps(run))
     return {
         "charts": [Markup(chart) for chart in charts],  # made by Vega, which escapes texts
-        "audit": audit_run(run, config.training.epochs),
+        "audit": audit_run(run, config),
         "pairs": _sample_pairs(run, config),
         "answers": _sample_answers(run, results),
         "config_text": yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),

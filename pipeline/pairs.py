@@ -11,6 +11,7 @@ from itertools import accumulate
 from random import Random
 from typing import Literal
 
+from cluster.sections import Pairs
 from pipeline.diversity import similarity
 from pipeline.rows import Pair, Trace
 
@@ -123,18 +124,21 @@ def _pair(message: str, positive: Trace, negative: Trace | None, fallback: bool)
 
 @dataclass(frozen=True)
 class PairCounts:
-    """One epoch's pairs by where their negatives came from; the four add up to `pairs`."""
+    """One epoch's pairs by where their negatives came from; the five add up to `pairs`."""
 
     pairs: int
     from_latest: int  # of the student after the epoch before
     from_base: int  # of the base student, drawn
     fallbacks: int  # of the base student, because the latest had none
     without_negative: int  # only the NLL applies
+    from_teacher: int = 0  # in the base student's place
 
 
-def count_pairs(pairs: Sequence[Pair]) -> PairCounts:
+def count_pairs(pairs: Sequence[Pair], wanted: Pairs) -> PairCounts:
     """Count pairs of one epoch. In the first epoch the base student is the latest: from_base."""
     latest = sum(bool(pair.rejected_epoch) for pair in pairs)
     fallbacks = sum(pair.rejected_fallback for pair in pairs)
     none = sum(pair.rejected is None for pair in pairs)
-    return PairCounts(len(pairs), latest, len(pairs) - latest - fallbacks - none, fallbacks, none)
+    rest = len(pairs) - latest - fallbacks - none
+    of_teacher = rest if wanted.negatives_from == "teacher" else 0
+    return PairCounts(len(pairs), latest, rest - of_teacher, fallbacks, none, of_teacher)

@@ -62,7 +62,7 @@ class MixedPolicyResampler:
             counts = {
                 "prompts": len(self._prompts),
                 "prompts_with_pairs": len({pair.prompt_id for pair in pairs}),
-                **asdict(count_pairs(pairs)),
+                **asdict(count_pairs(pairs, self._config.pairs)),
             }
             self._score(epoch, pairs)
             self._publish(epoch, pairs, counts)

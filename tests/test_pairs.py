@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from cluster.sections import Pairs
 from pipeline.pairs import PairCounts, Pools, count_pairs, draw_pairs, pool
 from pipeline.rows import Pair, Trace
 
@@ -141,7 +142,7 @@ def test_prompts_without_a_right_trace_are_left_out():
     some = {f"p{number}": PROMPTS[f"p{number}"] for number in range(50)}
     pairs = draw(2, 0.5, pools(positives=traces(0, "right", some), later=[]))
     assert {pair.prompt_id for pair in pairs} == set(some)
-    counts = count_pairs(pairs)
+    counts = count_pairs(pairs, Pairs())
     assert counts.pairs == counts.from_base + counts.fallbacks == 50 * K
     assert counts.fallbacks > 0
     assert counts.from_latest == counts.without_negative == 0
@@ -160,5 +161,8 @@ def test_a_fallback_is_counted_apart_from_a_drawn_base_negative():
     pair = draw(4, 0.0)[0]
     latest, fallback = replace(pair, rejected_epoch=3), replace(pair, rejected_fallback=True)
     none = replace(pair, rejected=None, rejected_epoch=None)
-    assert count_pairs([latest, latest, latest, pair, fallback, none]) == PairCounts(6, 3, 1, 1, 1)
-    assert count_pairs([pair]).from_base == 1  # in the first epoch the base student is the latest
+    counted = count_pairs([latest, latest, latest, pair, fallback, none], Pairs())
+    assert counted == PairCounts(6, 3, 1, 1, 1)
+    assert (
+        count_pairs([pair], Pairs()).from_base == 1
+    )  # in the first epoch the base student is the latest

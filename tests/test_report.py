@@ -110,8 +110,27 @@ def test_report_has_results_and_audit(run, config):
     page = " ".join((run.root / "report.html").read_text().split())
     # p = 3/4, SE = sqrt(3/16 / 4) = 0.2165
     assert "<td>student after epoch 1</td> <td>75.0 ± 21.7</td>" in page
-    assert "<td>1</td><td>2</td> <td>0.0</td><td>50.0</td> <td>0.0</td> <td>50.0</td>" in page
-    assert "<td>2</td><td>2</td> <td>50.0</td><td>50.0</td> <td>0.0</td> <td>0.0</td>" in page
+    assert (
+        "<td>1</td><td>2</td> <td>0.0</td><td>50.0</td> <td>0.0</td><td>0.0</td> <td>50.0</td>"
+        in page
+    )
+    assert (
+        "<td>2</td><td>2</td> <td>50.0</td><td>50.0</td> <td>0.0</td><td>0.0</td> <td>0.0</td>"
+        in page
+    )
+    assert page.count("Rejected (base student):") == 1
+
+
+def test_negatives_of_the_teacher_are_called_so(run, config):
+    raw = config.model_dump(mode="json") | {"pairs": {"negatives_from": "teacher", "phi": 0}}
+    write_report(run, parse_config(raw, "test"))
+    page = " ".join((run.root / "report.html").read_text().split())
+    counted = (
+        "<td>1</td><td>2</td> <td>0.0</td><td>0.0</td> <td>0.0</td><td>50.0</td> <td>50.0</td>"
+    )
+    assert counted in page
+    assert "Rejected (teacher):" in page
+    assert "Rejected (base student):" not in page
 
 
 def test_model_card_has_a_row_a_model(run, config):

@@ -64,8 +64,9 @@ def test_negatives_are_the_students(resampler):
 
 
 @pytest.mark.parametrize("resampler", [{"phi": 0, "negatives_from": "teacher"}], indirect=True)
-def test_negatives_may_be_the_teachers_wrong_traces(resampler):
+def test_negatives_may_be_the_teachers_wrong_traces(resampler, capsys):
     pairs = pairs_of(resampler, 2)
+    assert "10 pairs, 10 from teacher\n" in capsys.readouterr().out
     assert len(pairs) == 5 * 2
     assert all(pair.rejected.startswith("teacher") for pair in pairs)
     assert all(pair.rejected.endswith("\\boxed{-1}.") for pair in pairs)

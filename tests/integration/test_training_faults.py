@@ -152,9 +152,12 @@ def undisturbed(ray_cluster, tiny_llama, tmp_path_factory) -> RunFolder:
 
 def _at_step(run: RunFolder, step: int, act: Callable[[], None]) -> threading.Thread:
     """Act as soon as a run has recorded a step."""
+    return _once(lambda: run.metrics_file.exists() and len(metrics_of(run)) >= step, act)
 
+
+def _once(condition: Callable[[], object], act: Callable[[], None]) -> threading.Thread:
     def wait() -> None:
-        while not run.metrics_file.exists() or len(metrics_of(run)) < step:
+        while not condition():
             time.sleep(0.02)
         act()
 
@@ -244,7 +247,7 @@ def test_training_goes_on_with_one_worker_where_the_other_is_lost(
         others.append(Holds.remote())  # takes the place of the one that goes
         _workers()[-1].kill()
 
-    losing = _at_step(run, 40, lose_one)
+    losing = _once(run.saved_steps, lose_one)
     train(run, config, None)
     assert not losing.is_alive()
     said = capsys.readouterr().out
@@ -270,7 +273,7 @@ def test_a_killed_worker_is_replaced_and_goes_on_from_the_last_saved_state(
         _at_step(run, before + 1, lambda: None).join()
         measured(f"training worker killed: next step after {time.monotonic() - killed:.0f} s")
 
-    killing = _at_step(run, 40, kill_worker)
+    killing = _once(run.saved_steps, kill_worker)
     train(run, config, None)
     assert not killing.is_alive()
     again = _assert_as_undisturbed(run, undisturbed)
