@@ -180,7 +180,7 @@ def _training_rules(config: RunConfig) -> list[Rule]:
 
 
 def _pair_rules(config: RunConfig) -> list[Rule]:
-    pairs, epochs, task = config.pairs, config.training.epochs, config.task
+    pairs, epochs = config.pairs, config.training.epochs
     phis = pairs.phi_schedule or (pairs.phi,) * epochs
     stale = _not_fresh(config)
     return [
@@ -197,12 +197,6 @@ def _pair_rules(config: RunConfig) -> list[Rule]:
         (
             pairs.base == "fresh" and stale is not None,
             f"pairs.base=fresh with {stale}: set pairs.base to once, or change that",
-        ),
-        (
-            task.largest_operand is not None
-            and (task.name != "word_problems" or task.data is not None),
-            "task.largest_operand is for the problems that word_problems makes itself, got "
-            f"task.name={task.name!r} and task.data={task.data!r}: remove it",
         ),
     ]
 

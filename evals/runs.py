@@ -99,7 +99,8 @@ def run_stage(folder: RunFolder, config: RunConfig, keep_engines: bool = False) 
         evaluate(folder, config)
     thin_out(folder, config)
     write_report(folder, config)
-    write_json(folder.finished_file, {"date": datetime.now(UTC).isoformat(timespec="seconds")})
+    if not folder.finished_file.exists():
+        write_json(folder.finished_file, {"date": datetime.now(UTC).isoformat(timespec="seconds")})
 
 
 def train_stage(folder: RunFolder, config: RunConfig) -> None:

@@ -64,8 +64,8 @@ def resolve_model(reference: str, cache: Path | None = None) -> Path:
     else:
         raise BadInputError(
             f"no model {reference!r}: expected a folder that exists, a URL, a Hugging Face id such "
-            f"as org/name, one of {', '.join(PACKAGED_MODELS)}, or a name that `potstill models "
-            "prepare` was given before"
+            f"as org/name, one of {', '.join(PACKAGED_MODELS)}, or a name that is prepared here "
+            f"(`potstill models prepare {reference}`)"
         )
     _check_folder(folder, reference)
     return folder

@@ -118,7 +118,6 @@ def test_overrides_are_read_as_yaml(config_file):
         ("task.verdict={by: judge, model: m}", "task.verdict.judge.url is missing"),
         ("task.verdict={by: unit_tests, time: 3}", "unit_tests.time is not an option"),
         ("task.verdict={by: unit_tests, time_limit_s: 0}", "greater than 0"),
-        ("task.largest_operand=5", "is for the problems that word_problems makes"),
     ],
 )
 def test_bad_values_are_refused_by_name(config_file, override, message):

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 
 from cluster import storage
 from cluster.errors import BadInputError
+from cluster.lock import locked
 from cluster.publishing import publish_folder, staging_folder
 from cluster.run_folder import RunFolder
 from evals.accuracy import Answer, answers_table
@@ -297,12 +299,37 @@ def test_a_table_goes_on_at_the_cells_that_are_not_done(spec, monkeypatch):
     monkeypatch.setattr(running, "refuse_stages", refused.extend)
     monkeypatch.setattr(running, "ray_session", lambda _: NoRay())
     monkeypatch.setattr(running, "_run_cells", take_cells)
+    busy = locked(storage.location(described.folder))
+    with busy, pytest.raises(BadInputError, match="another process"):
+        running.fill_table(described, cells)
+    assert ran == []
     written = running.fill_table(described, cells)
     assert ran == cells[5:]
     assert refused == [config for cell in cells[5:] for config in cell.stages], "all, before any"
     assert all(is_done(cell) for cell in cells)
     assert written.read_text().startswith("# Tiny")
     assert json.loads(json.dumps(written.with_suffix(".csv").read_text())).startswith("student,arm")
+
+
+def test_cells_are_told_by_their_place_in_the_table_with_an_eta(spec, monkeypatch, capsys):
+    described, cells = load_table(spec)
+    now = [0.0]
+
+    def run(_, config, **__):
+        now[0] += 90
+        (cell,) = [cell for cell in cells if cell.stages[-1] == config]
+        finish(cell, {"base_test": 0.4, "teacher_test": 0.9})
+
+    monkeypatch.setattr(running.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(running, "open_stage", nullcontext)
+    monkeypatch.setattr(running, "run_stage", run)
+    monkeypatch.setattr("pipeline.pool.release_engines", lambda _: None)
+    running._run_cells(described, cells, cells[-3:])
+    told = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in told] == [f"cell {n} of 12" for n in (10, 11, 12)]
+    assert "eta" not in told[0]
+    assert told[1].endswith("(eta 0:03:00 at the pace of those before)")
+    assert told[2].endswith("(eta 0:01:30 at the pace of those before)")
 
 
 SIZES = {

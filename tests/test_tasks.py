@@ -224,6 +224,18 @@ def test_the_largest_operand_sets_the_numbers():
             words("test", largest_operand=largest)
 
 
+def test_the_largest_operand_is_for_no_problems_that_are_read(tmp_path):
+    (tmp_path / "test.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}')
+    mistakes = [
+        ({"name": "sudoku"}, "'sudoku' is no task"),
+        ({"name": "gsm8k", "data": str(tmp_path / "gone.jsonl")}, "nothing is at"),
+        ({"name": "gsm8k", "data": str(tmp_path)}, r"largest_operand=5 is for .*: set it to null"),
+    ]
+    for options, told in mistakes:
+        with pytest.raises(BadInputError, match=told):
+            load_prompts(Section(largest_operand=5, **options), "test", 0)
+
+
 def test_more_word_problems_than_there_are():
     there = len(words("test"))
     assert len(words("test", test_prompts=there)) == there

@@ -206,6 +206,6 @@ def _say_result(pruned: Pruned, place: UPath, seconds: float) -> None:
     )
     say(
         f"perplexity: {pruned.perplexity_before:.2f} -> {pruned.perplexity_after:.2f} on held-out "
-        "texts"
+        "texts of general English"
     )
     say(f"pruned in {seconds:.0f} s: {place}")

@@ -1,9 +1,12 @@
 """Running the cells of a table: in any order, over one store, going on at any cell."""
 
+import time
 from collections.abc import Sequence
+from datetime import timedelta
 
 from upath import UPath
 
+from cluster.lock import locked
 from cluster.progress import say
 from cluster.run_folder import check_recipe
 from cluster.session import ray_session
@@ -18,26 +21,29 @@ def fill_table(spec: TableSpec, cells: Sequence[Cell]) -> UPath:
     """Run the cells that are not done yet, and write the table after each. Returns its file.
 
     Ray, and the engines where cells share a pool, stay up from cell to cell. Raises BadInputError
-    for what any cell would refuse, before the first one starts.
+    for what any cell would refuse, before the first one starts, and where another process fills it.
     """
     for cell in cells:
         for config in cell.stages:
             check_recipe(config)  # those that are done too: a table is of one recipe
-    missing = [cell for cell in cells if not is_done(cell)]
-    say(f"{spec.title}: {len(cells) - len(missing)} of {len(cells)} cells are done")
-    if missing:
-        refuse_stages(config for cell in missing for config in cell.stages)
-        with ray_session(missing[0].stages[0]):
-            _run_cells(spec, cells, missing)
-    return _write(spec, cells)
+    with locked(location(spec.folder)):
+        missing = [cell for cell in cells if not is_done(cell)]
+        say(f"{spec.title}: {len(cells) - len(missing)} of {len(cells)} cells are done")
+        if missing:
+            refuse_stages(config for cell in missing for config in cell.stages)
+            with ray_session(missing[0].stages[0]):
+                _run_cells(spec, cells, missing)
+        return _write(spec, cells)
 
 
 def _run_cells(spec: TableSpec, cells: Sequence[Cell], missing: Sequence[Cell]) -> None:
     from pipeline.pool import release_engines
 
     try:
-        for number, cell in enumerate(missing, start=1):
-            say(f"cell {number} of {len(missing)}: {cell.name}")
+        began = time.monotonic()
+        for done, cell in enumerate(missing):
+            left = f" ({_left(began, done, len(missing))})" if done else ""
+            say(f"cell {cells.index(cell) + 1} of {len(cells)}: {cell.name}{left}")
             for config in cell.stages:
                 if not is_finished(config):  # as a part of another cell
                     with open_stage(config) as folder:
@@ -45,6 +51,11 @@ def _run_cells(spec: TableSpec, cells: Sequence[Cell], missing: Sequence[Cell]) 
             _write(spec, cells)
     finally:
         release_engines(missing[-1].stages[-1])
+
+
+def _left(began: float, done: int, missing: int) -> str:
+    each = (time.monotonic() - began) / done
+    return f"eta {timedelta(seconds=round(each * (missing - done)))} at the pace of those before"
 
 
 def _write(spec: TableSpec, cells: Sequence[Cell]) -> UPath:
