@@ -1,7 +1,7 @@
 # Everything that a person types here. Each target sets up what it needs.
-.PHONY: help quickstart cross-family miniature test units integration faults check format lock audit clean
+.PHONY: help quickstart cross-family miniature test units integration faults autoscaler check format lock audit clean
 INTEGRATION ?= $(shell ls -S tests/integration/test_*.py)
-FAULTS = $(shell grep -lE "mark.(fault|long)" $$(ls -S tests/integration/test_*.py))
+FAULTS = $(shell grep -l "mark.fault" $$(ls -S tests/integration/test_*.py))
 JOBS ?= 1
 export PYTHON
 
@@ -11,6 +11,7 @@ help:
 	@echo "make miniature     every arm of both papers on tiny models, three seeds (an hour and a half)"
 	@echo "make test          the tests that need no GPU: units, then integration"
 	@echo "make faults        break things, one after the other, and look what is lost (an hour)"
+	@echo "make autoscaler    let Ray's autoscaler start and end nodes of this machine under a run (7 minutes)"
 	@echo "make check         ruff and mypy"
 	@echo "make format        let ruff rewrite the code"
 	@echo "make lock          resolve pyproject.toml into requirements/ (UPGRADE=--upgrade: newest)"
@@ -52,13 +53,16 @@ integration: .venv/cpu.installed .venv/gemma.installed .venv/dev.installed
 one/%:
 	@.venv/bin/pytest -m "not gpu and not long" --durations=5 $* || [ $$? -eq 5 ]
 
-# Every row of docs/faults.md, the long ones too.
+# Every row of docs/faults.md, those too that take minutes.
 faults: .venv/cpu.installed .venv/gemma.installed .venv/dev.installed
 	@.venv/bin/pytest -m "fault and not integration"
 	@$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync $(FAULTS:%=fault/%)
 
 fault/%:
-	@.venv/bin/pytest -m "fault or long" --durations=5 $*
+	@.venv/bin/pytest -m fault --durations=5 $*
+
+autoscaler: .venv/cpu.installed .venv/gemma.installed .venv/dev.installed
+	@.venv/bin/pytest tests/integration/test_autoscaler.py
 
 check: .venv/cpu.installed .venv/dev.installed
 	.venv/bin/ruff check .

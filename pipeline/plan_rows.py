@@ -75,9 +75,10 @@ def work_rows(known: Known) -> Rows:
     taught = "the teacher" if len(teachers) == 1 else f"each of {len(teachers)} teachers"
     pairs, steps = count_pairs(config, known.sizes), count_steps(config, known.sizes)
     checkpoint = 2 * known.parameters["student"] / GIB
+    of_students = f", {rounds} x {traces} of students" if rounds else ""
     by = " and ".join(config.scored_by)
     return [
-        ("sampling", f"{traces} traces of {taught}, {rounds} x {traces} of students"),
+        ("sampling", f"{traces} traces of {taught}{of_students}"),
         *[("scoring", f"pairs of each epoch by {by}")] * bool(by),
         (
             "training",
