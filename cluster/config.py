@@ -195,6 +195,11 @@ def _pair_rules(config: RunConfig) -> list[Rule]:
             "pairs.phi to 0",
         ),
         (
+            pairs.draw == "recent" and epochs > 0 and not any(phis[1:]),
+            f"pairs.draw=recent takes negatives of all later students, and phi={phis} takes none: "
+            "set pairs.phi above 0 and two epochs or more, or pairs.draw to uniform",
+        ),
+        (
             pairs.base == "fresh" and stale is not None,
             f"pairs.base=fresh with {stale}: set pairs.base to once, or change that",
         ),

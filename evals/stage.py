@@ -9,6 +9,7 @@ from upath import UPath
 from cluster import storage
 from cluster.config import RunConfig
 from cluster.endpoint_key import KEY_VARIABLE
+from cluster.marking import mark
 from cluster.progress import progress, say
 from cluster.run_folder import RunFolder
 from cluster.session import ray_session
@@ -142,7 +143,9 @@ def _ask_job(job: _Job, run: RunFolder, config: RunConfig) -> None:
 def _keep(job: _Job, run: RunFolder, result: dict[str, Any], answers: list[Answer]) -> None:
     target = run.evaluation(job.name)
     storage.write_table(answers_table(answers), answers_file(target))
-    storage.write_json(target, result)  # last: a result that is there is whole
+    mark(answers_file(target))
+    storage.write_json(target, result)  # after the answers: they are there where it is
+    mark(target)
     say(summary(result))
 
 

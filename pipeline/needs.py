@@ -111,7 +111,7 @@ def served(known: Known) -> Demand:
     options = Engines(
         kv_cache_gib=serving.kv_cache_gib,
         max_model_len=serving.max_model_len,
-        tensor_parallel=max(1, round(serving.gpus_per_model)),
+        tensor_parallel=max(1, round(serving.gpus_per_model)) if known.on_gpu else 1,
     )
     return Demand(
         what="served model",

@@ -11,6 +11,7 @@ from typing import Any
 from cluster import storage
 from cluster.config import RunConfig
 from cluster.errors import RunError
+from cluster.marking import mark
 from cluster.placement import beside_driver
 from cluster.progress import attach, say
 from cluster.publishing import is_published, publishing
@@ -131,6 +132,7 @@ class MixedPolicyResampler:
                 for text, found in scores.items()
             ]
         storage.write_table(to_table(Anchor, anchors), self._run.scores(epoch))
+        mark(self._run.scores(epoch))
 
     def _draws_from_latest(self, epoch: int) -> bool:
         phi = self._config.pairs.phi_in(epoch)

@@ -17,13 +17,13 @@ from typing import Any, ClassVar, Generic, TypeVar
 import pyarrow as pa
 from upath import UPath
 
-from cluster.digests import digest_file
 from cluster.ledger import Ledger
+from cluster.marking import is_as_marked, mark, marker_of
 from cluster.publishing import set_aside
-from cluster.storage import read_parquet, write_table, write_text
+from cluster.storage import read_parquet, write_table
 from pipeline.rows import SCHEMAS, Sample, Score, from_table, to_table
 
-_MARKER, _LEDGER = ".ok", "ledger"
+_LEDGER = "ledger"
 
 Stored = TypeVar("Stored", Sample, Score)
 
@@ -45,7 +45,7 @@ class _Store(Generic[Stored]):
         path = folder / f"{uuid.uuid4().hex}.parquet"
         write_table(table, path)
         _ledger(folder).add(path.name)
-        write_text(_marker(path), digest_file(path))
+        mark(path)
 
     def keys(self, model: str) -> set[str]:
         """Keys of all rows that `model` has."""
@@ -77,13 +77,13 @@ class _Store(Generic[Stored]):
         folder = self._folder(model)
         for name in _names(folder):
             try:
-                whole = _is_whole(folder / name)
+                whole = is_as_marked(folder / name)
             except FileNotFoundError:  # not finished or set aside, whatever a listing says
                 continue
             if whole:
                 yield self._read(folder / name, columns)
             else:
-                _marker(folder / name).unlink(missing_ok=True)
+                marker_of(folder / name).unlink(missing_ok=True)
                 set_aside(folder / name)
 
     def _read(self, path: UPath, columns: list[str] | None) -> pa.Table:
@@ -118,11 +118,3 @@ def _listed(folder: UPath) -> list[str]:
 
 def _ledger(folder: UPath) -> Ledger:
     return Ledger(folder / _LEDGER)
-
-
-def _is_whole(path: UPath) -> bool:
-    return digest_file(path) == _marker(path).read_text().strip()
-
-
-def _marker(path: UPath) -> UPath:
-    return path.with_name(path.name + _MARKER)

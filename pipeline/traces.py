@@ -8,6 +8,7 @@ from upath import UPath
 from cluster import storage
 from cluster.config import RunConfig
 from cluster.errors import BadInputError
+from cluster.marking import mark
 from cluster.progress import say
 from cluster.publishing import set_aside
 from cluster.run_folder import RunFolder
@@ -96,6 +97,7 @@ class Traces:
         )
         figures = describe_traces(traces)
         storage.write_table(to_table(Trace, traces), self._run.completions(source.name))
+        mark(self._run.completions(source.name))
         record = self._run.record_ahead if source.first else self._run.record
         record(stage="sample", model=source.name, epoch=source.epoch, **figures)
         say(f"{source.name}: {summary(figures)}")

@@ -172,6 +172,13 @@ def test_fresh_negatives_need_somebody_who_writes_them(config_file, options, mes
         load_config(config_file, ["pairs.base=fresh", *options])
 
 
+def test_recent_negatives_need_later_students(config_file):
+    load_config(config_file, ["pairs.draw=recent"])
+    for mistake in ("pairs.phi=0", "training.epochs=1"):
+        with pytest.raises(BadInputError, match=r"pairs\.draw=recent takes .*draw to uniform"):
+            load_config(config_file, ["pairs.draw=recent", mistake])
+
+
 def test_a_missing_section_is_named(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({key: MINIMAL[key] for key in ("run", "task", "teacher")}))

@@ -3,6 +3,7 @@
 import pyarrow as pa
 import pytest
 
+from cluster.marking import mark, marker_of
 from cluster.publishing import is_published, publishing
 from cluster.run_folder import RunFolder
 from cluster.soundness import set_aside_damaged
@@ -39,10 +40,15 @@ def run(tmp_path):
         with publishing(run.checkpoint(epoch)) as folder:
             (folder / "model.safetensors").write_bytes(bytes(1000))
         write_table(TABLE, run.scores(epoch))
+        mark(run.scores(epoch))
     for name in ("base_test", "teacher_test"):
-        write_json(run.evaluation(name), {"accuracy": 1})
-        write_table(TABLE, run.evaluation(name).with_suffix(".parquet"))
+        result = run.evaluation(name)
+        write_json(result, {"accuracy": 0.755})
+        write_table(TABLE, result.with_suffix(".parquet"))
+        mark(result)
+        mark(result.with_suffix(".parquet"))
     write_table(TABLE, run.completions("teacher"))
+    mark(run.completions("teacher"))
     return run
 
 
@@ -51,10 +57,15 @@ def names(run):
     return {name for name in found if ".damaged-" not in name}
 
 
-def flip(path):
+def flip(path, share=0.5):
     whole = bytearray(path.read_bytes())
-    whole[len(whole) // 2] ^= 1
+    whole[int(share * (len(whole) - 1))] ^= 1
     path.write_bytes(whole)
+
+
+def flip_near_the_end(path):
+    """In the footer of a Parquet file, which has no checksum of its own."""
+    flip(path, 0.95)
 
 
 def cut(path):
@@ -72,13 +83,7 @@ def test_nothing_is_set_aside_where_all_is_sound(run, capsys):
     assert capsys.readouterr().out == ""
 
 
-# A digit that changed in a JSON file is another digit; its length is what tells.
-DAMAGES = [
-    (what, damage)
-    for what in FILES
-    for damage in (flip, cut, empty)
-    if (what, damage) != ("result", flip)
-]
+DAMAGES = [(what, damage) for what in FILES for damage in (flip, flip_near_the_end, cut, empty)]
 
 
 def test_a_kill_leaves_no_pairs_without_their_scores(run, monkeypatch):
@@ -103,3 +108,14 @@ def test_a_damaged_file_is_set_aside_with_what_was_made_with_it(run, what, damag
     assert capsys.readouterr().out.count("is damaged: set aside") == len(expected)
     kept = {path for path in run.root.rglob("*.damaged-*") if ".damaged-" in path.name}
     assert len(kept) == len(expected), "still there to be looked at"
+
+
+@pytest.mark.parametrize("what", ["completions", "scores", "result", "answers"])
+def test_a_file_that_a_kill_left_without_its_marker_counts_where_it_can_be_read(run, what):
+    file = run.root / FILES[what]
+    marker_of(file).unlink()
+    set_aside_damaged(run)
+    assert file.exists()
+    cut(file)
+    set_aside_damaged(run)
+    assert not (file if what != "answers" else run.evaluation("teacher_test")).exists()

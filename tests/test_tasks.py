@@ -1,9 +1,11 @@
 import json
 import re
+from pathlib import Path
 
 import pytest
 
 from cluster.errors import BadInputError
+from cluster.recipes import load_recipe
 from cluster.sections import Task as Section
 from pipeline.rows import Prompt
 from pipeline.tasks import TASKS, instruct, load_prompts, user_message
@@ -222,6 +224,16 @@ def test_the_largest_operand_sets_the_numbers():
     for largest in (1, 100):
         with pytest.raises(BadInputError, match=f"largest_operand={largest}, expected 2 to 99"):
             words("test", largest_operand=largest)
+
+
+def test_the_chat_recipe_finds_its_prompts_in_as_many_as_the_paper_has(tmp_path):
+    """ShareGPT has 49,839, all in one part."""
+    rows = (json.dumps({"prompt": f"Tell me of {number}."}) for number in range(49_839))
+    (tmp_path / "train.jsonl").write_text("\n".join(rows))
+    recipe = Path(__file__).parents[1] / "configs/dadpo.yaml"
+    section = load_recipe(recipe, [f"task.data={tmp_path}"])[0].task
+    found = {split: len(load_prompts(section, split, 0)) for split in ("train", "test")}
+    assert found == {"train": 39_000, "test": 300}
 
 
 def test_the_largest_operand_is_for_no_problems_that_are_read(tmp_path):

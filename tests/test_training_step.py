@@ -236,6 +236,13 @@ def test_the_rate_warms_up_to_its_peak_and_falls_to_nearly_nothing():
     )
 
 
+def test_the_cosine_may_end_above_nothing():
+    rates = [learning_rate(step, 1000, 1.0, 0.1, 0.25) for step in range(1, 1001)]
+    assert max(rates) == rates[99] == 1
+    assert rates[-1] == pytest.approx(0.25, abs=1e-5)
+    assert rates[549] == pytest.approx(0.25 + 0.75 / 2, abs=1e-3), "halfway"
+
+
 @pytest.mark.parametrize("warmup_share", [0.0, 1.0])
 def test_the_rate_at_the_ends_of_warmup(warmup_share):
     rates = [learning_rate(step, 4, 1.0, warmup_share) for step in range(1, 5)]

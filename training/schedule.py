@@ -8,14 +8,16 @@ def count_steps(pairs: int, global_batch: int, steps_per_epoch: int | None = Non
     return steps_per_epoch or -(-pairs // global_batch)
 
 
-def learning_rate(step: int, total_steps: int, peak: float, warmup_share: float) -> float:
+def learning_rate(
+    step: int, total_steps: int, peak: float, warmup_share: float, final_share: float = 0
+) -> float:
     """The rate of step 1, 2, ..., `total_steps`.
 
     It rises linearly to `peak` over the first share of steps, then falls along a cosine that would
-    reach 0 one step after the last.
+    reach `final_share` of the peak one step after the last.
     """
     warmup = math.ceil(warmup_share * total_steps)
     if step <= warmup:
         return peak * step / warmup
     done = (step - warmup) / (total_steps - warmup + 1)
-    return peak * 0.5 * (1 + math.cos(math.pi * done))
+    return peak * (final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * done)))

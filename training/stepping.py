@@ -75,7 +75,8 @@ class Stepper:
         totals = self._forward_backward(batch, objective)
         wishes = self._agree(step, wishes)
         totals.reduce(self._workers.control)
-        rate = learning_rate(step, of, training.learning_rate, training.warmup_share)
+        shares = training.warmup_share, training.final_rate_share
+        rate = learning_rate(step, of, training.learning_rate, *shares)
         norm = self.engine.step(rate)
         figures = describe_step(totals, objective)
         speed = figures.pop("tokens") / (time.monotonic() - started)

@@ -63,7 +63,9 @@ class Training(Section):
     learning_rate: PositiveFloat = 5e-6
     """Peak learning rate of AdamW."""
     warmup_share: Share = 0.05
-    """Share of all steps in which the learning rate rises; a cosine to 0 follows."""
+    """Share of all steps in which the learning rate rises; a cosine follows."""
+    final_rate_share: Share = 0.0
+    """Share of the peak learning rate that the cosine ends at."""
     betas: tuple[_Decay, _Decay] = (0.9, 0.95)
     """AdamW's decay of its first and second moments."""
     weight_decay: NonNegativeFloat = 0.0

@@ -1,0 +1,23 @@
+"""Files with a marker beside them: written last, it names the digest of what was written."""
+
+from upath import UPath
+
+from cluster.digests import digest_file
+from cluster.storage import write_text
+
+_SUFFIX = ".ok"
+
+
+def mark(file: UPath) -> None:
+    """Write a file's marker, once the file is whole."""
+    write_text(marker_of(file), digest_file(file))
+
+
+def is_as_marked(file: UPath) -> bool:
+    """Whether a file is what its marker names. Raises FileNotFoundError where one is missing."""
+    return digest_file(file) == marker_of(file).read_text().strip()
+
+
+def marker_of(file: UPath) -> UPath:
+    """Where a file's marker lies."""
+    return file.with_name(file.name + _SUFFIX)
