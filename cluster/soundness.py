@@ -18,8 +18,8 @@ from cluster.storage import read_json
 def set_aside_damaged(run: RunFolder) -> None:
     """Look over all that a run holds but the trainer's states, which are proved when they are read.
 
-    All by digests: those of a folder are in its marker, that of a file in the one beside it. What is
-    there is asked of a listing; what a late one does not show yet is moments old.
+    All by digests: those of a folder are in its marker, that of a file in the one beside it.
+    What is there is asked of a listing; what a late one does not show yet is moments old.
     """
     for marker in _sorted(run.root, f"checkpoints/*/{MARKER}"):
         if not is_whole(marker.parent):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +22,7 @@ from cluster.errors import RunError, WorkersLostError
 from cluster.publishing import publish_folder, staging_folder
 from cluster.run_folder import RunFolder
 from training import stage, worker
-from training.optimizer_state import discard_states, newest_state
+from training.optimizer_state import newest_state
 from training.stage import _failure_config, _interruptible, _run
 
 
@@ -51,9 +52,21 @@ def test_training_goes_on_from_the_newest_whole_state(run, capsys):
 
 
 @pytest.mark.fault
-def test_states_go_only_when_a_later_one_is_there(run):
-    publish(*map(run.trainer_state, (3, 6, 9)))
-    discard_states(run, before=9)
+def test_states_go_only_once_a_later_one_is_there_and_proved(run, monkeypatch):
+    publish(*map(run.trainer_state, (3, 6)))
+    trainer = object.__new__(worker.Worker)  # one that has taken nine steps, without an engine
+    trainer.run, trainer.log = run, SimpleNamespace(write=lambda: None)
+    trainer.first, trainer.step, trainer.saved_step = True, 9, 6
+    trainer.stepper = SimpleNamespace(engine=None)
+    monkeypatch.setattr(
+        worker, "save_state", lambda engine, folder, step: (folder / "file").write_text("x")
+    )
+    with monkeypatch.context() as disk:  # which gives back other bytes than it was given
+        disk.setattr("shutil.move", lambda source, target: Path(target).write_text("y"))
+        with pytest.raises(RunError, match="does not give back what was written"):
+            trainer._save()
+    assert run.saved_steps() == [3, 6]
+    trainer._save()
     assert run.saved_steps() == [9]
 
 

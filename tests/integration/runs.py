@@ -24,6 +24,9 @@ SHOT = {
     "answer": "He starts with 5 pens and buys 3. The answer is \\boxed{8}.",
 }
 POLL_S, LOOKS_A_FAMILY, TIME_LIMIT_S, ORPHAN_LIMIT_S = 0.05, 20, 800, 20
+# What must be in no file of a run.
+SECRETS = ("OPENAI_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "MY_TEACHERS_KEY")
+PLANTED = "planted-secret-8d1f"
 # Ray's own, which hold nothing; they look for a cluster that is gone for up to a minute.
 RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 
@@ -124,7 +127,11 @@ def go(
         driver = subprocess.Popen(
             [sys.executable, "potstill.py", "run", str(recipe.file), *overrides],
             cwd=PROJECT,
-            env={**os.environ, "POTSTILL_CACHE": str(recipe.home / "cache")},
+            env={
+                **dict.fromkeys(SECRETS, PLANTED),
+                **os.environ,
+                "POTSTILL_CACHE": str(recipe.home / "cache"),
+            },
             stdout=stream,
             stderr=subprocess.STDOUT,
             # The background job of a shell ignores Ctrl-C, and all that it starts would too.

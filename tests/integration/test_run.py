@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.integration.runs import TRACES, Recipe, Recovery, Try, go, write_recipe
+from cluster.lock import locked
+from cluster.storage import location
+from tests.integration.runs import PLANTED, TRACES, Recipe, Recovery, Try, go, write_recipe
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
 
@@ -156,6 +158,23 @@ def assert_as_undisturbed(recipe: Recipe, undisturbed: Recipe) -> None:
         assert answers.equals(pq.read_table(theirs / f"evals/{name}.parquet")), name
     weights = [load_file(run / "checkpoints/epoch_002/model.safetensors") for run in (ours, theirs)]
     torch.testing.assert_close(*weights, atol=1e-6, rtol=0)
+
+
+def test_no_secret_is_in_any_file_of_a_run(whole):
+    files = [path for path in whole[0].home.rglob("*") if path.is_file()]
+    assert any(path.parent.name == "logs" for path in files)
+    assert [path for path in files if PLANTED.encode() in path.read_bytes()] == []
+
+
+@pytest.mark.fault
+def test_a_second_run_on_one_folder_is_refused(whole):
+    recipe, _ = whole
+    before = recipe.files()
+    with locked(location(str(recipe.run))):
+        ended = go(recipe, THROUGH_ENGINES)
+    assert ended.code == 2
+    assert re.fullmatch(r"error: .*another process.*\n", ended.screen)
+    assert recipe.files() == before
 
 
 def test_pairs_hold_what_both_students_got_wrong(whole):

@@ -93,15 +93,27 @@ def stored_keys(store: Path) -> list[str]:
     return [key for table in tables for key in table["key"].to_pylist()]
 
 
+def kill_those_named(name: str) -> int:
+    """Kill the processes with `name` in their command; how many there were."""
+    victims = [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if name in " ".join(process.cmdline())
+    ]
+    for process in victims:
+        process.kill()
+    return len(victims)
+
+
 def kill_once_under_way(name: str, under_way: Callable[[], object]) -> threading.Thread:
-    """Kill the processes with `name` in their command as soon as `under_way` holds."""
+    """Kill the processes with `name` in their command as soon as `under_way` holds.
+
+    Where there are none it goes on looking for them, so that the thread that it gives never ends.
+    """
 
     def kill() -> None:
-        while not under_way():
+        while not (under_way() and kill_those_named(name)):
             time.sleep(0.02)
-        for process in psutil.Process().children(recursive=True):
-            if name in " ".join(process.cmdline()):
-                process.kill()
 
     thread = threading.Thread(target=kill, daemon=True)
     thread.start()

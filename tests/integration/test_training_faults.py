@@ -260,15 +260,15 @@ def test_training_goes_on_with_one_worker_where_the_other_is_lost(
 
 @pytest.mark.fault
 def test_a_killed_worker_is_replaced_and_goes_on_from_the_last_saved_state(
-    undisturbed, tiny_llama, tmp_path, measured
+    undisturbed, tiny_llama, tmp_path, measured, capsys
 ):
     run = RunFolder(UPath(tmp_path))
     config = config_of(tmp_path, tiny_llama, save_minutes=0.01, **LONG)
     publish_pairs(run, 1)
 
     def kill_worker() -> None:
-        for process in _workers():
-            process.kill()
+        (worker,) = _workers()
+        worker.kill()
         killed, before = time.monotonic(), len(metrics_of(run))
         _at_step(run, before + 1, lambda: None).join()
         measured(f"training worker killed: next step after {time.monotonic() - killed:.0f} s")
@@ -276,6 +276,7 @@ def test_a_killed_worker_is_replaced_and_goes_on_from_the_last_saved_state(
     killing = _once(run.saved_steps, kill_worker)
     train(run, config, None)
     assert not killing.is_alive()
+    assert "training lost worker 0 of 1: going on" in capsys.readouterr().out
     again = _assert_as_undisturbed(run, undisturbed)
     assert 1 not in again, "it did not begin anew"
     assert len(metrics_of(run)) > 150 - 1
