@@ -145,7 +145,7 @@ def evaluate_one(
     prompts: Annotated[int | None, typer.Option(help="How many prompts; all by default.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 512,
     chat_template: Annotated[str | None, typer.Option(help="A folder's template.")] = None,
-    answers: Annotated[Path | None, typer.Option(help="Write the answers here.")] = None,
+    answers: Annotated[str | None, typer.Option(help="Write the answers here: path, URL.")] = None,
     concurrency: Annotated[int, typer.Option(help="Requests under way at once.")] = 32,
     port: Annotated[int, typer.Option(help="Port on which a folder is served meanwhile.")] = 8000,
     api_key_env: KeyVariable = None,
@@ -202,7 +202,7 @@ def prune(
     ratio: Annotated[float, typer.Option(help="Share of all parameters to remove, such as 0.2.")],
     out: Annotated[str, typer.Option(help="A new folder, or the URL of one.")],
     texts: Annotated[
-        Path | None, typer.Option(help="Calibration texts of your own, one a line.")
+        str | None, typer.Option(help="A file with calibration texts of your own, one a line.")
     ] = None,
 ) -> None:
     """Remove the least important heads and MLP channels: a student that fits its teacher."""

@@ -3,7 +3,6 @@
 import tempfile
 import uuid
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -43,7 +42,7 @@ class SingleEvaluation:
     dtype: str = "bfloat16"
     concurrency: int = 32
     port: int = 8000
-    answers: Path | None = None  # a Parquet file for the answers themselves
+    answers: str | None = None  # path or URL of a Parquet file for the answers themselves
     api_key_env: str | None = None  # of a URL: POTSTILL_API_KEY, else OPENAI_API_KEY
 
 
@@ -67,7 +66,7 @@ def evaluate_model(wanted: SingleEvaluation) -> dict[str, Any]:
         result, answers = _measure_folder(config, prompts, split)
         result["model"] = wanted.model
     if wanted.answers is not None:
-        storage.write_table(answers_table(answers), storage.location(str(wanted.answers)))
+        storage.write_table(answers_table(answers), storage.location(wanted.answers))
     return result
 
 
@@ -96,11 +95,12 @@ def _check_verdict(config: RunConfig, prompts: list[Prompt]) -> None:
     check_verdict(config.task, prompts)
 
 
-def _check_answers(file: Path | None) -> None:
-    if file is None:
+def _check_answers(answers: str | None) -> None:
+    if answers is None:
         return
-    storage.check_writable("--answers", storage.location(str(file.parent)))
-    if file.is_dir():
+    file = storage.location(answers)
+    storage.check_writable("--answers", file.parent)
+    if storage.is_local(file) and file.is_dir():
         raise BadInputError(f"--answers {file} is a folder, expected the name of a Parquet file")
 
 

@@ -165,7 +165,7 @@ def test_the_same_call_gives_the_same_files_and_other_texts_others(tiny_of, prun
     (tmp_path / "own.txt").write_text("Tom has 3 pens.\n\nAnna had 9 apples and gave 4 away.\n")
     model, ratio = str(tiny_of("llama")), RATIOS["llama"]
     prune_model(model, ratio, str(tmp_path / "again"))
-    prune_model(model, ratio, str(tmp_path / "own"), tmp_path / "own.txt")
+    prune_model(model, ratio, str(tmp_path / "own"), str(tmp_path / "own.txt"))
     one, again, own = map(files_of, (pruned("llama")[0], tmp_path / "again", tmp_path / "own"))
     assert one == again
     assert one["config.json"] == own["config.json"]
@@ -294,14 +294,14 @@ def test_texts_that_cannot_be_used_are_refused(content, message, tiny_of, tmp_pa
     if content is not None:
         (tmp_path / "texts").write_bytes(content)
     with pytest.raises(BadInputError, match=message):
-        prune_model(str(tiny_of("llama")), 0.2, str(tmp_path / "out"), tmp_path / "texts")
+        prune_model(str(tiny_of("llama")), 0.2, str(tmp_path / "out"), str(tmp_path / "texts"))
 
 
 def test_a_text_with_nothing_to_predict_is_refused(tiny_of, tmp_path):
     (tmp_path / "texts").write_text("Tom has 3 pens.\nx\n")
-    assert read_texts(tmp_path / "texts") == ["Tom has 3 pens.", "x"]
+    assert read_texts(storage.location(str(tmp_path / "texts"))) == ["Tom has 3 pens.", "x"]
     with pytest.raises(BadInputError, match=r"text 2, 'x'.* two or more tokens"):
-        prune_model(str(tiny_of("llama")), 0.2, str(tmp_path / "out"), tmp_path / "texts")
+        prune_model(str(tiny_of("llama")), 0.2, str(tmp_path / "out"), str(tmp_path / "texts"))
 
 
 @pytest.mark.parametrize("step", ["prune_layer", "publish_folder"])
@@ -333,3 +333,11 @@ def test_what_another_process_wrote_meanwhile_stays(tiny_of, tmp_path, monkeypat
     with pytest.raises(BadInputError, match="already holds something"):
         prune_model(str(tiny_of("llama")), 0.2, str(tmp_path / "out"))
     assert files_of(tmp_path / "out") == {"theirs": b"theirs"}
+
+
+def test_texts_may_lie_in_a_bucket(bucket):
+    file = storage.location(f"{bucket}/texts")
+    file.write_text("Tom has 3 pens.\n")
+    assert read_texts(file) == ["Tom has 3 pens."]
+    with pytest.raises(BadInputError, match="s3://bucket/gone cannot be read"):
+        read_texts(storage.location(f"{bucket}/gone"))

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from upath import UPath
 
 from cluster.errors import BadInputError
 from cluster.shapes import read_shape
+from cluster.storage import failures
 from pipeline.chat import plain_ids
 from pipeline.logprobs import ResponseLogProbs, Row, collate
 
@@ -88,11 +90,12 @@ HELD_OUT_TEXTS = (
 _LONGEST = 1024  # tokens that are read of a text: the memory of a backward pass grows with them
 
 
-def read_texts(file: Path) -> list[str]:
+def read_texts(file: UPath) -> list[str]:
     """The texts of a UTF-8 file, one a line. Raises BadInputError where it holds none."""
+    unreadable: tuple[type[Exception], ...] = (*failures(), UnicodeDecodeError)
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except unreadable as error:
         raise BadInputError(
             f"texts={file} cannot be read ({error}): give a UTF-8 file with one text a line"
         ) from None

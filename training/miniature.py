@@ -195,6 +195,6 @@ def _prune(cut: Cut, folder: Path, scratch: Path, cache: Path | None) -> None:
     texts = scratch / "texts.txt"
     lines = (" ".join(lesson).replace("\n", " ") for lesson in lessons(98))
     texts.write_text("\n".join(islice(lines, _CALIBRATION_LESSONS)))
-    prune_model(str(parent), cut.ratio, str(scratch / "pruned"), texts)
+    prune_model(str(parent), cut.ratio, str(scratch / "pruned"), str(texts))
     (scratch / "pruned" / MARKER).unlink()
     shutil.copytree(scratch / "pruned", folder, dirs_exist_ok=True)

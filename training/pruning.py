@@ -52,7 +52,7 @@ class Pruned:
     perplexity_after: float
 
 
-def prune_model(reference: str, ratio: float, out: str, texts: Path | None = None) -> Pruned:
+def prune_model(reference: str, ratio: float, out: str, texts: str | None = None) -> Pruned:
     """Prune `ratio` of all parameters from a model, and publish the folder `out` (path or URL).
 
     Attention heads go by key-value group and MLP channels one by one, the least important first,
@@ -99,10 +99,10 @@ def _check_memory(reference: str, prunable: Prunable) -> None:
         )
 
 
-def _calibration_texts(file: Path | None) -> list[str]:
+def _calibration_texts(file: str | None) -> list[str]:
     from training.calibration import CALIBRATION_TEXTS, read_texts
 
-    return list(CALIBRATION_TEXTS) if file is None else read_texts(file)
+    return list(CALIBRATION_TEXTS) if file is None else read_texts(storage.location(file))
 
 
 def _figures(prunable: Prunable, kept: Widths, ratio: float, measured: dict[str, Any]) -> Pruned:

@@ -51,7 +51,7 @@ STAGES = {
     scope="module",
     params=[
         pytest.param(["epoch 2"], id="once"),
-        pytest.param([*STAGES], id="in each stage", marks=pytest.mark.long),
+        pytest.param([*STAGES], id="in each stage", marks=[pytest.mark.fault, pytest.mark.long]),
     ],
 )
 def disturbed(request, whole, guesser, free_port, tmp_path_factory, measured):
@@ -108,7 +108,6 @@ SAID = {
 }
 
 
-@pytest.mark.fault
 def test_a_run_that_goes_on_says_what_it_reuses(disturbed):
     _, screens = disturbed
     for stage, screen in screens.items():
@@ -116,12 +115,10 @@ def test_a_run_that_goes_on_says_what_it_reuses(disturbed):
         assert not re.search(NOISE, screen)
 
 
-@pytest.mark.fault
 def test_nothing_is_sampled_twice(disturbed, whole):
     assert_same_samples(disturbed[0], whole[0])
 
 
-@pytest.mark.fault
 def test_no_finished_epoch_is_trained_again(disturbed, whole):
     recipe, screens = disturbed
     for epoch in (1, 2):
@@ -132,7 +129,6 @@ def test_no_finished_epoch_is_trained_again(disturbed, whole):
         assert steps == once[:killed_after] + once
 
 
-@pytest.mark.fault
 def test_the_end_is_that_of_a_run_which_nothing_disturbed(disturbed, whole):
     assert_as_undisturbed(disturbed[0], whole[0])
 
