@@ -63,6 +63,12 @@ def test_negatives_are_the_students(resampler):
     assert all(pair.rejected.startswith("student_000") for pair in pairs)
 
 
+@pytest.mark.parametrize("resampler", [{"phi_schedule": [0.5, 0.5, 0]}], indirect=True)
+def test_each_epoch_goes_by_its_own_phi(resampler):
+    """The third has students before it, whose traces nothing here could sample."""
+    assert all(pair.rejected.startswith("student_000") for pair in pairs_of(resampler, 3))
+
+
 @pytest.mark.parametrize("resampler", [{"phi": 0, "negatives_from": "teacher"}], indirect=True)
 def test_negatives_may_be_the_teachers_wrong_traces(resampler, capsys):
     pairs = pairs_of(resampler, 2)
