@@ -19,7 +19,7 @@ from evals.stage import answers_file
 from evals.tables import run as running
 from evals.tables.figures import chosen_result, is_done, measured
 from evals.tables.fit import refuse_misfits
-from evals.tables.layout import as_csv, lines_of, markdown, page
+from evals.tables.layout import as_csv, lines_of, markdown, page, teachers_of
 from evals.tables.plan import describe_table
 from evals.tables.spec import load_table
 
@@ -156,6 +156,94 @@ def test_csv_has_a_line_for_each_figure(spec):
     assert (float(found["mean"]), float(found["published"])) == (51.0, 40.72)
 
 
+def test_a_published_0_is_a_number(spec):
+    raw = yaml.safe_load(spec.read_text())
+    raw["published"]["teacher"] = {"teacher": {"In-domain": 0}}
+    spec.write_text(yaml.safe_dump(raw, sort_keys=False))
+    described, cells = fill(spec)
+    lines = lines_of(described, cells)
+    rows = list(csv.DictReader(io.StringIO(as_csv(described, lines))))
+    assert [r["published"] for r in rows if r["column"] == "In-domain"] == ["0.0"]
+    assert "| – [0.00] |" in markdown(described, lines)
+
+
+def test_percent_is_said_of_our_numbers_alone(spec):
+    described, cells = fill(spec)
+    text = markdown(described, lines_of(described, cells))
+    assert "Ours in percent" in text
+    assert "each column in the paper's own unit" in text
+
+
+EXAMPLE = {"question": "1 + 1?", "answer": r"\boxed{2}"}
+
+
+def taught_by(spec, **teachers):
+    """The table with a block for each student, whose options these are."""
+    raw = yaml.safe_load(spec.read_text())
+    raw["blocks"] = [
+        {"student": name, "options": options, "arms": ARMS} for name, options in teachers.items()
+    ]
+    spec.write_text(yaml.safe_dump(raw, sort_keys=False))
+    return load_table(spec)
+
+
+def test_each_teacher_has_a_row(spec):
+    raw = yaml.safe_load(spec.read_text())
+    raw["published"] = {"org/other": {"teacher": {"MT-Bench": 7.42}}}
+    spec.write_text(yaml.safe_dump(raw))
+    other = {"teacher.model": "org/other"}
+    described, cells = taught_by(spec, first={}, second=other, third={}, fourth=other)
+    for cell in cells:
+        own = {"first": 0.6, "second": 0.8, "third": 0.6, "fourth": 0.8}[cell.student]
+        finish(cell, {"base_test": 0.1, "teacher_test": own + 0.02 * cell.seed})
+    *_, one, two = lines_of(described, cells)
+    assert [(line.student, line.arm) for line in (one, two)] == [
+        ("org/teacher", "teacher"),
+        ("org/other", "teacher"),
+    ]
+    assert (one.figures["GSM8K"].mean, two.figures["GSM8K"].mean) == pytest.approx((61, 81))
+    assert (one.figures["GSM8K"].n, one.figures["GSM8K"].seeds) == (200, 2)
+    assert (one.published, two.published) == ({}, {"MT-Bench": 7.42})
+    assert "| org/other | teacher | 81.0 ± 1.0 |" in markdown(described, [one, two])
+
+
+def test_a_teachers_row_is_of_any_cell_that_is_done_and_evaluated_it(spec):
+    silent = {"evaluation.teacher": False}
+    raw = yaml.safe_load(spec.read_text()) | {"agreement": False}
+    spec.write_text(yaml.safe_dump(raw))
+    described, cells = taught_by(spec, silent=silent, second={})
+    for cell in cells:
+        if cell.student == "silent":
+            finish(cell, {"base_test": 0.1})
+    assert lines_of(described, cells)[-1].figures == {}
+    for cell in cells:
+        if cell.student == "second" and cell.arm == ARMS[1]:
+            finish(cell, {"base_test": 0.1, "teacher_test": 0.8})
+    last = lines_of(described, cells)[-1]
+    assert (last.student, last.arm) == ("teacher", "teacher")
+    assert last.figures["mean"].mean == pytest.approx(80)
+
+
+def test_worked_examples_make_another_teacher_unless_a_task_sets_them(spec):
+    shown = {"teacher.few_shot": [EXAMPLE]}
+    other = {"teacher.few_shot": [EXAMPLE | {"question": "1 * 2?"}]}
+    named = teachers_of(taught_by(spec, plain={}, shown=shown, other=other)[1])
+    assert list(named) == [
+        "org/teacher",
+        "org/teacher, shown 1 worked examples (1)",
+        "org/teacher, shown 1 worked examples (2)",
+    ]
+    assert [{cell.student for cell in ours} for ours in named.values()] == [
+        {"plain"},
+        {"shown"},
+        {"other"},
+    ]
+    raw = yaml.safe_load(spec.read_text())
+    raw["tasks"]["GSM8K"] |= shown
+    spec.write_text(yaml.safe_dump(raw))
+    assert list(teachers_of(taught_by(spec, one={}, two={})[1])) == ["teacher"]
+
+
 def test_the_page_has_what_the_markdown_has_and_escapes_it(spec):
     described, cells = fill(spec)
     described = described.model_copy(update={"title": "Tiny <b>"})
@@ -183,9 +271,9 @@ def test_every_shipped_table_has_a_plan(path):
     described, cells = load_table(path)
     assert len({cell.name for cell in cells}) == len(cells)
     known = {block.student: set(block.arms) for block in described.blocks}
-    known["teacher"] = {"teacher"}
+    known |= {name: {"teacher"} for name in teachers_of(cells)}
     for student, arms in described.published.items():
-        assert set(arms) <= known[student]
+        assert set(arms) <= known.get(student, set()), student
     assert describe_table(described, cells).row_count == len(described.blocks) + 2 + (
         bool(cells[0].stages[0].cluster.nodes)
     )
@@ -284,7 +372,8 @@ def test_kinds_of_one_task_are_columns(spec):
 
 def test_a_table_goes_on_at_the_cells_that_are_not_done(spec, monkeypatch):
     described, cells = load_table(spec)
-    for cell in cells[:5]:
+    done, left = cells[::3], [cell for place, cell in enumerate(cells) if place % 3]
+    for cell in done:
         finish(cell, {"base_test": 0.4, "teacher_test": 0.9})
     ran, refused = [], []
 
@@ -304,8 +393,8 @@ def test_a_table_goes_on_at_the_cells_that_are_not_done(spec, monkeypatch):
         running.fill_table(described, cells)
     assert ran == []
     written = running.fill_table(described, cells)
-    assert ran == cells[5:]
-    assert refused == [config for cell in cells[5:] for config in cell.stages], "all, before any"
+    assert ran == left
+    assert refused == [config for cell in left for config in cell.stages], "all, before any"
     assert all(is_done(cell) for cell in cells)
     assert written.read_text().startswith("# Tiny")
     assert json.loads(json.dumps(written.with_suffix(".csv").read_text())).startswith("student,arm")

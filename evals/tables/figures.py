@@ -82,6 +82,20 @@ def measured(cells: Iterable[Cell], arm: str | None, agreement: bool) -> Row:
     return row
 
 
+def teachers_cells(cells: Iterable[Cell]) -> list[Cell]:
+    """Of cells that have one teacher, one for each task and seed: all evaluate the same answers.
+
+    More of them would count as further seeds. It is one that is done, where there is one.
+    """
+    groups: dict[tuple[str, int], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.task, cell.seed), []).append(cell)
+    return [
+        next((c for c in group if c.stages[-1].evaluation.teacher and is_done(c)), group[0])
+        for group in groups.values()
+    ]
+
+
 def _run_of(stage: RunConfig) -> RunFolder:
     return RunFolder(storage.location(stage.run.folder))
 

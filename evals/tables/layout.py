@@ -2,43 +2,85 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from evals.tables.figures import AGREEMENT, MEAN, Figure, Row, measured
+from cluster.sections import Teacher
+from evals.tables.figures import AGREEMENT, MEAN, Figure, Row, measured, teachers_cells
 from evals.tables.spec import Cell, TableSpec
 
 TEACHER_ROW = "teacher"
 NOTE = (
-    "Percent, mean ± standard error (over seeds, or of one proportion where there is one seed); "
-    "bold: within the 95 % interval of the student's best; [brackets]: the paper's."
+    "Ours in percent, mean ± standard error (over seeds, or of one proportion where there is one "
+    "seed); bold: within the 95 % interval of the student's best; [brackets]: the paper's, each "
+    "column in the paper's own unit."
 )
 
 
 @dataclass(frozen=True)
 class Line:
-    """One row: a student's arm, or the teacher."""
+    """One row: a student's arm, or a teacher."""
 
     student: str
     arm: str
     figures: Row
-    published: dict[str, float]  # by column, in percent
+    published: dict[str, float]  # by column, in the paper's own unit
 
 
 def lines_of(spec: TableSpec, cells: Sequence[Cell]) -> list[Line]:
-    """The rows of all blocks, as far as their cells are done, the teacher's at the end."""
+    """The rows of all blocks, as far as their cells are done, the teachers' at the end."""
     lines = []
     for block in spec.blocks:
         for arm in block.arms:
             ours = [cell for cell in cells if (cell.student, cell.arm) == (block.student, arm)]
             published = spec.published.get(block.student, {}).get(arm, {})
             lines.append(Line(block.student, arm, measured(ours, arm, spec.agreement), published))
-    first = spec.blocks[0]
-    ours = [cell for cell in cells if (cell.student, cell.arm) == (first.student, first.arms[0])]
-    published = spec.published.get(TEACHER_ROW, {}).get(TEACHER_ROW, {})
-    lines.append(Line(TEACHER_ROW, TEACHER_ROW, measured(ours, None, False), published))
+    for name, taught in teachers_of(cells).items():
+        published = spec.published.get(name, {}).get(TEACHER_ROW, {})
+        row = measured(teachers_cells(taught), None, False)
+        lines.append(Line(name, TEACHER_ROW, row, published))
     return lines
+
+
+def teachers_of(cells: Iterable[Cell]) -> dict[str, list[Cell]]:
+    """The cells that each teacher has, by the name of its row: TEACHER_ROW where it is alone."""
+    of_student: dict[str, list[Cell]] = {}
+    for cell in cells:
+        of_student.setdefault(cell.student, []).append(cell)
+    # What a task changes of the teacher, such as its worked examples, is not another teacher: a row
+    # has all tasks.
+    taught: dict[Hashable, list[Cell]] = {}
+    for ours in of_student.values():
+        by_task = {cell.task: _identity(cell.stages[-1].teacher) for cell in ours}
+        taught.setdefault(tuple(by_task.items()), []).extend(ours)
+    if len(taught) == 1:
+        return {TEACHER_ROW: next(iter(taught.values()))}
+    names = [_name(cell.stages[-1].teacher for cell in ours) for ours in taught.values()]
+    return dict(zip(_numbered(names), taught.values(), strict=True))
+
+
+def _identity(teacher: Teacher) -> Hashable:
+    return teacher.model, teacher.endpoint and teacher.endpoint.url, teacher.few_shot
+
+
+def _name(teachers: Iterable[Teacher]) -> str:
+    """What a reader calls the teacher, or the teachers where tasks have one each."""
+    names = (
+        f"{teacher.title}, shown {len(teacher.few_shot)} worked examples"
+        if teacher.few_shot
+        else teacher.title
+        for teacher in teachers
+    )
+    return " / ".join(dict.fromkeys(names))
+
+
+def _numbered(names: list[str]) -> list[str]:
+    """The names, those that are there twice with a number."""
+    return [
+        f"{name} ({names[: place + 1].count(name)})" if names.count(name) > 1 else name
+        for place, name in enumerate(names)
+    ]
 
 
 def columns_of(spec: TableSpec, lines: list[Line]) -> list[str]:
@@ -140,5 +182,6 @@ def as_csv(spec: TableSpec, lines: list[Line]) -> str:
                     if figure
                     else [""] * 4
                 )
-                writer.writerow([line.student, line.arm, column, *found, published or ""])
+                number = "" if published is None else published
+                writer.writerow([line.student, line.arm, column, *found, number])
     return text.getvalue()

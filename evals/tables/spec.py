@@ -52,7 +52,9 @@ class TableSpec(Section):
     agreement: bool = False
     """Also how often the student gives the teacher's answer."""
     published: dict[str, dict[str, dict[str, float]]] = Field(default_factory=dict)
-    """The paper's numbers, where the setting is the paper's: student -> arm -> task -> percent."""
+    """The paper's numbers, where the setting is the paper's: student -> arm -> column -> number, in
+    the paper's own unit. The teacher's are under `teacher`, again `teacher`; where students have
+    several teachers, each one's are under the name of its row (its model), then `teacher`."""
 
 
 @dataclass(frozen=True)
