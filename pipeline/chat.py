@@ -33,6 +33,14 @@ class Chat:
         """
         return self._ids(text) + ([self.end_of_turn_id] if finished else [])
 
+    def texts_of(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        """What lists of ids say, with special tokens written out."""
+        if not ids:
+            return []  # of which batch_decode makes one empty text
+        return self.tokenizer.batch_decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
     @cached_property
     def end_of_turn_id(self) -> int:
         """The special token with which the template closes an assistant's turn."""

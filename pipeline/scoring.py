@@ -5,9 +5,11 @@ teacher. The last two never change, so they are computed once, apart from traini
 the text in its own template and tokens: sums over whole responses compare across tokenizers.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
+from unicodedata import normalize
 
 import pyarrow as pa
 
@@ -22,6 +24,8 @@ from pipeline.pool import ensure_engines, release_engines
 from pipeline.rows import Score
 from pipeline.sampling import Writer
 from pipeline.store import ScoreStore
+
+_SHOWN = 60  # characters of a text in an error's line
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,14 @@ class Answered:
         return digest_text(self.message, self.response, str(self.finished))
 
 
-def plan_scores(reader: Writer, texts: Iterable[Answered]) -> dict[Answered, ScoreRequest]:
+def plan_scores(
+    reader: Writer, texts: Iterable[Answered], max_error_share: float = 0
+) -> dict[Answered, ScoreRequest]:
     """What a model is to score, in its own tokens: worked examples, message, response, end of turn.
 
     Keys hold weights, dtype and ids, so equal texts under equal models are scored once by any run.
+    Raises RunError where the ids of more than a share of the responses do not give them back: of
+    those another text is scored.
     """
     manner = repr(("score", reader.weights.digest, reader.weights.dtype))
     requests = {}
@@ -50,7 +58,55 @@ def plan_scores(reader: Writer, texts: Iterable[Answered]) -> dict[Answered, Sco
         response = reader.chat.response_ids(text.response, text.finished)
         key = digest_text(manner, repr(prompt), repr(response))
         requests[text] = ScoreRequest(key, prompt, response)
+    _look_for_lost_texts(reader, requests, max_error_share)
     return requests
+
+
+def _look_for_lost_texts(
+    reader: Writer, requests: Mapping[Answered, ScoreRequest], max_error_share: float
+) -> None:
+    spoken = [
+        request.response_ids[:-1] if text.finished else request.response_ids
+        for text, request in requests.items()
+    ]
+    read = zip(requests, reader.chat.texts_of(spoken), strict=True)
+    lost = [(text, back) for text, back in read if not _same_text(text.response, back)]
+    if not lost:
+        return
+    first, back = lost[0]
+    given, found = _where_they_part(first.response, back)
+    told = (
+        f"{reader.name} reads other texts than {len(lost)} of {len(requests)} responses, because "
+        f"the tokenizer of {reader.weights.reference} does not give them back. The first, to "
+        f"{first.message[:_SHOWN]!r}, has {given!r}, which comes back as {found!r}"
+    )
+    if len(lost) <= max_error_share * len(requests):
+        say(f"{told}. They are scored as they are read")
+        return
+    raise RunError(
+        f"{told}. That is more than sampling.max_error_share={max_error_share:g} of them: take a "
+        "model whose tokenizer has all their characters, leave their prompts out of task.data, or "
+        "raise that share"
+    )
+
+
+def _same_text(text: str, back: str) -> bool:
+    """Whether a tokenizer changed no more than it may.
+
+    That is one space before the first word, which sentencepiece adds or takes, and how a character
+    is composed, which Qwen's normalise (NFC). NFKC is more: it makes "x2" of "x²".
+    """
+    text, back = normalize("NFC", text), normalize("NFC", back)
+    return text == back or text == f" {back}" or back == f" {text}"
+
+
+def _where_they_part(text: str, back: str) -> tuple[str, str]:
+    text, back = (normalize("NFC", one).removeprefix(" ") for one in (text, back))
+    alike = sum(
+        1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, back, strict=False))
+    )
+    start = max(0, alike - _SHOWN // 2)
+    return text[start : start + _SHOWN], back[start : start + _SHOWN]
 
 
 def score(
@@ -60,7 +116,7 @@ def score(
 
     Raises RunError where one cannot be scored; what was scored is kept.
     """
-    requests = plan_scores(reader, texts)
+    requests = plan_scores(reader, texts, config.sampling.max_error_share)
     by_key = {request.key: request for request in requests.values()}
     stored = store.keys(reader.weights.digest)
     missing = [request for key, request in by_key.items() if key not in stored]

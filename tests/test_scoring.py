@@ -1,8 +1,12 @@
 """Scores of given responses: against a slow reference, and never computed twice."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE, WordLevel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from cluster.config import parse_config
 from cluster.errors import RunError
@@ -117,3 +121,108 @@ def test_a_response_that_cannot_be_scored_stops_the_run_and_the_others_are_kept(
     with pytest.raises(RunError, match=r"cannot score 1 of 4 .*too long.*max_model_len"):
         score(reader, TEXTS, config, store, on_gpu=False)
     assert store.keys(reader.weights.digest) == {request.key for request in requests[:3]}
+
+
+def reader_of(reader, model, **parts):
+    """The reader with a tokenizer made of `model`, and of such parts as its normalizer."""
+    inner = Tokenizer(model)
+    for name, part in parts.items():
+        setattr(inner, name, part)
+    inner.add_special_tokens(["<|end|>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+    return replace(reader, chat=replace(reader.chat, tokenizer=tokenizer))
+
+
+@pytest.fixture
+def lossy(reader):
+    """A reader that knows the small letters of ASCII and some more signs, but no "j"."""
+    known = ["<unk>", *(set(" .\nabcdefghijklmnopqrstuvwxyzé²2") - {"j"})]
+    model = WordLevel({token: number for number, token in enumerate(known)}, unk_token="<unk>")
+    by_letter = {"pre_tokenizer": pre_tokenizers.Split("", "isolated"), "decoder": decoders.Fuse()}
+    return lambda **parts: reader_of(reader, model, **by_letter, **parts)
+
+
+@pytest.fixture
+def sentencepiece(reader):
+    """A reader like a Llama 2: a space before the first word, and bytes of what it does not know.
+
+    Decoding takes one space away. By `legacy` as by the old Llama's, or only where there is none.
+    """
+    bytes_ = [f"<0x{number:02X}>" for number in range(256)]
+    known = {token: number for number, token in enumerate(["<unk>", "▁", *"abc", *bytes_])}
+    model = BPE(known, [], unk_token="<unk>", byte_fallback=True)
+    back = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    decoder = decoders.Sequence([*back, decoders.Strip(" ", 1, 0)])
+    old = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    new = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    return lambda legacy: reader_of(
+        reader,
+        model,
+        decoder=decoder,
+        **({"normalizer": old} if legacy else {"pre_tokenizer": new}),
+    )
+
+
+def answered(*responses):
+    return [Answered("say it", text, end) for text in responses for end in (True, False)]
+
+
+PLAIN = ["", "abc", "a  b .\n\tc , don 't ", " abc", "  abc", "\nabc"]
+STRANGE = ["☃🙂 x²", "cafe\u0301 caf\u00e9 \u2126", "cut: \ufffd", "a\u00a0b\u200b", "<|end|>"]
+
+
+def test_texts_that_come_back_are_planned(reader):
+    texts = answered(*PLAIN, *STRANGE)
+    assert list(plan_scores(reader, texts)) == texts
+    assert plan_scores(reader, []) == {}
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_space_before_the_first_word_may_come_and_go(sentencepiece, legacy):
+    reader, texts = sentencepiece(legacy), answered(*PLAIN, *STRANGE)
+    assert list(plan_scores(reader, texts)) == texts
+    (given,) = plan_scores(reader, answered(" abc")[1:]).values()
+    changed = reader.chat.tokenizer.decode(given.response_ids) != " abc"
+    assert changed is not legacy
+
+
+def test_a_text_with_unknown_letters_is_not_scored_as_another(lossy, config, store, passes):
+    with pytest.raises(RunError) as failure:
+        score(lossy(), answered("a cat.", "a jay.", "jj"), config, store, on_gpu=False)
+    assert str(failure.value).startswith(f"{lossy().name} reads other texts than 4 of 6")
+    assert lossy().weights.reference in str(failure.value)
+    expected = "The first, to 'say it', has 'a jay.', which comes back as 'a <unk>ay.'"
+    assert expected in str(failure.value)
+    assert passes == []
+
+
+def test_a_few_lost_texts_are_told_and_scored(lossy, capsys):
+    texts = answered("a cat.", "a jay.")
+    assert list(plan_scores(lossy(), texts, max_error_share=0.5)) == texts
+    assert "reads other texts than 2 of 4 responses" in capsys.readouterr().out
+    with pytest.raises(RunError, match=r"more than sampling\.max_error_share=0\.49"):
+        plan_scores(lossy(), texts, max_error_share=0.49)
+
+
+def test_a_long_text_is_shown_where_it_is_lost(lossy):
+    with pytest.raises(
+        RunError, match=r"has '[a-z .]{60}', which .* as '[a-z .<>]{60}'"
+    ) as failure:
+        plan_scores(lossy(), answered("a cat. " * 50 + "a jay." + " a cat." * 50))
+    assert "a jay." in str(failure.value)
+
+
+def test_characters_may_be_composed_but_not_exchanged(lossy):
+    decomposed = answered("cafe\u0301")
+    assert list(plan_scores(lossy(normalizer=normalizers.NFC()), decomposed)) == decomposed
+    squared = answered("x²")
+    assert list(plan_scores(lossy(normalizer=normalizers.NFC()), squared)) == squared
+    with pytest.raises(RunError, match="has 'x²', which comes back as 'x2'"):
+        plan_scores(lossy(normalizer=normalizers.NFKC()), squared)
+
+
+@pytest.mark.parametrize("text", ["a  cat", "a cat ", "   a cat", "a cat\n"])
+def test_spaces_anywhere_else_belong_to_the_text(lossy, text):
+    extra = normalizers.Sequence([normalizers.Strip(), normalizers.Replace("  ", " ")])
+    with pytest.raises(RunError, match="comes back as 'a cat'"):
+        plan_scores(lossy(normalizer=extra), answered(text))
