@@ -165,6 +165,16 @@ def test_an_error_of_ours_comes_back_from_ray_data_as_itself(config, prompts):
 
 
 @pytest.mark.usefixtures("session")
+def test_engines_that_find_no_room_are_told_with_what_there_is(config, tiny_llama, prompts, store):
+    room = {"pool": "roomless", "cpus_per_engine": 100, "start_timeout_s": 5}
+    large = with_options(config, engines=room)
+    told = r"after at most 5 s: .*Asked for 1 x .*'num_cpus': 100.*; the cluster has .*'CPU': 8"
+    with pytest.raises(RunError, match=told):
+        sample(writer(large, tiny_llama, prompts), prompts, large, store, on_gpu=False)
+    release_engines(large)
+
+
+@pytest.mark.usefixtures("session")
 def test_a_larger_k_samples_only_what_is_missing(config, tiny_llama, prompts, store):
     student = writer(config, tiny_llama, prompts)
     few = by_key(sample(student, prompts[:2], config, store, on_gpu=False))
