@@ -93,7 +93,8 @@ def assert_as_undisturbed(undisturbed: Recipe) -> None:
     for epoch in (1, 2):
         file = run.pairs(epoch) / "pairs.parquet"
         pairs = pq.read_table(file.path, filesystem=file.fs)
-        assert pairs.equals(pq.read_table(undisturbed.run / f"pairs/epoch_{epoch:03d}"))
+        theirs = undisturbed.run / f"pairs/epoch_{epoch:03d}/pairs.parquet"
+        assert pairs.equals(pq.read_table(theirs))
     trained = [line for line in run.records() if line["stage"] == "train"]
     assert [line["step"] for line in trained] == [*range(1, 11)]
     assert {line["step"]: line["loss"] for line in trained} == pytest.approx(

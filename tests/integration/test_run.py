@@ -57,10 +57,9 @@ STAGES = {
 def disturbed(request, whole, guesser, free_port, tmp_path_factory, measured):
     """A run that was killed in one or all stages, and what it said in the try after each kill."""
     recipe = write_recipe(tmp_path_factory.mktemp("disturbed"), guesser, free_port())
-    stages, overrides = request.param, []
+    stages = request.param
     if stages != [*STAGES]:  # what is not put to the test is made short
         share_samples(whole[0], recipe)
-        overrides = THROUGH_ENGINES
     screens = {}
     for killed, stage in pairwise([None, *stages, None]):
         recovery = Recovery(recipe)
@@ -70,7 +69,7 @@ def disturbed(request, whole, guesser, free_port, tmp_path_factory, measured):
             recovery.look()
             return under_way(recipe)
 
-        ended = go(recipe, overrides, until=look)
+        ended = go(recipe, THROUGH_ENGINES, until=look)
         assert ended.code == (-signal.SIGKILL if stage else 0), ended.screen
         assert not (stage and (recipe.run / result).exists()), f"killed after {stage}, not in it"
         if killed:
