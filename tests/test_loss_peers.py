@@ -7,6 +7,7 @@ Liger's ORPO takes the answer (response), with an `nll_target` the prompt too (f
 over the batch's tokens (tokens). All contrasts are means over pairs, KTO's over answers.
 """
 
+import os
 from itertools import pairwise
 
 import pytest
@@ -25,8 +26,9 @@ def _name(comparison):
 
 @pytest.mark.parametrize("comparison", COMPARISONS, ids=_name)
 def test_value_and_gradient_are_the_peers(comparison):
-    module = MODULES[comparison.peer]
-    pytest.importorskip(module, reason=f"no {comparison.peer}: sh requirements/install.sh dev")
+    if "CI" not in os.environ:  # where it must be there
+        module = MODULES[comparison.peer]
+        pytest.importorskip(module, reason=f"no {comparison.peer}: sh requirements/install.sh dev")
     found = compare(comparison, TWO)
     assert found.value < 1e-5
     assert found.gradient < 1e-5

@@ -1,5 +1,6 @@
 """`potstill run` from end to end with the real engines, and killed in every stage of its way."""
 
+import json
 import re
 import shutil
 import signal
@@ -153,6 +154,13 @@ def assert_as_undisturbed(recipe: Recipe, undisturbed: Recipe) -> None:
         assert answers.equals(pq.read_table(theirs / f"evals/{name}.parquet")), name
     weights = [load_file(run / "checkpoints/epoch_002/model.safetensors") for run in (ours, theirs)]
     torch.testing.assert_close(*weights, atol=1e-6, rtol=0)
+
+
+def test_the_student_is_right_more_often_after_an_epoch(whole):
+    lines = (whole[0].run / "metrics.jsonl").read_text().splitlines()
+    sampled = [line for line in map(json.loads, lines) if line["stage"] == "sample"]
+    right = {line["model"]: line["right"] for line in sampled}
+    assert right["student_001"] > right["student_000"]
 
 
 def test_no_secret_is_in_any_file_of_a_run(whole):
