@@ -14,10 +14,11 @@ from cluster.sections import Training
 from pipeline.logprobs import ResponseLogProbs
 from training.batches import BatchCounts, MicroBatch, TokenPair, count_batch, micro_batches
 from training.engine import TrainingEngine
-from training.finite import FiniteCheck
+from training.finite import FiniteCheck, NotFiniteError
 from training.objectives import Objective
 from training.schedule import count_steps, learning_rate
 from training.step import Totals, accumulate, collate_pairs, describe_step
+from training.stepping import Stepper
 
 ORPO = Training(odds_ratio_weight=0.7)
 
@@ -251,11 +252,24 @@ def test_the_rate_at_the_ends_of_warmup(warmup_share):
 
 @pytest.mark.parametrize("norm", [-1.0, math.inf, math.nan])
 def test_a_norm_that_says_not_finite_stops_the_run(norm):
-    with pytest.raises(RunError, match="summed over all workers, is not finite"):
+    with pytest.raises(NotFiniteError, match="summed over all workers, is not finite"):
         _engine_with(norm).step(1e-3)
-    with pytest.raises(RunError, match="summed over all workers, is not finite"):
+    with pytest.raises(NotFiniteError, match="summed over all workers, is not finite"):
         _engine_with(1.0, overflow=True).step(1e-3)
     assert _engine_with(2.5).step(1e-3) == 2.5
+
+
+def test_a_sum_that_is_not_finite_names_step_and_prompts():
+    stepper = object.__new__(Stepper)  # whose own share is finite
+    stepper._training, stepper._seed = Training(), 0
+    stepper._workers = SimpleNamespace(rank=0, control=None)
+    stepper._objective = lambda batch: None
+    stepper._forward_backward = lambda *_: SimpleNamespace(reduce=lambda group: None)
+    stepper._agree = lambda step, wishes: wishes
+    stepper.engine = _engine_with(math.inf)
+    batch = [TokenPair(prompt_id, [1], [2], None) for prompt_id in ("p1", "p2", "p2")]
+    with pytest.raises(RunError, match=r"^step 3: the gradient, summed .* prompts p1, p2: look"):
+        stepper.take(3, 9, batch, None)
 
 
 def _engine_with(norm, overflow=False):

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from cluster.config import RunConfig
-from cluster.errors import RunError
 from cluster.sections import Lora, Training
 from pipeline.chat import Chat, check_same_tokenizer, load_chat
 from pipeline.logprobs import ResponseLogProbs
+from training.finite import NotFiniteError
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -107,7 +107,7 @@ class TrainingEngine:
     def step(self, learning_rate: float) -> float:
         """Clip, step and clear the gradients. Returns their norm before clipping.
 
-        Raises RunError where the reduced gradient is not finite: DeepSpeed 0.19 skips such a step
+        Raises NotFiniteError where the reduced gradient is not: DeepSpeed 0.19 skips such a step
         (`overflow`) at every stage, and without ZeRO in float32 we stop before it.
         """
         for group in self.deepspeed.optimizer.param_groups:
@@ -116,7 +116,7 @@ class TrainingEngine:
         norm = self._norm if self._clips_itself else float(self.deepspeed.get_global_grad_norm())
         # DeepSpeed's norms are inf, NaN or -1 where a gradient is not finite.
         if getattr(self.deepspeed.optimizer, "overflow", False) or not 0 <= norm < math.inf:
-            raise RunError("the gradient, summed over all workers, is not finite")
+            raise NotFiniteError("the gradient, summed over all workers, is not finite")
         return norm
 
     def _clip(self, *_: Any) -> None:
@@ -125,7 +125,7 @@ class TrainingEngine:
         norm = torch.nn.utils.clip_grad_norm_(parameters, self._training.gradient_clip)
         self._norm = float(norm)
         if not torch.isfinite(norm):
-            raise RunError("the gradient, summed over all workers, is not finite")
+            raise NotFiniteError("the gradient, summed over all workers, is not finite")
 
 
 def _initialize(scorer: nn.Module, adam: Any, training: Training, workers: int) -> Any:

@@ -5,7 +5,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from cluster.errors import RunError
 from training.batches import MicroBatch
+
+
+class NotFiniteError(RunError):
+    """A gradient that is not finite only as the sum over all workers."""
 
 
 class FiniteCheck:

@@ -1,6 +1,7 @@
 """One worker's part in each optimizer step: its share of the batch, and what all agree upon."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from pipeline.chat import Chat
 from pipeline.logprobs import shares_prompts
 from training.batches import MicroBatch, TokenPair, count_batch, micro_batches
 from training.engine import TrainingEngine, load_student, load_teacher
-from training.finite import FiniteCheck
+from training.finite import FiniteCheck, NotFiniteError
 from training.objectives import Objective
 from training.schedule import learning_rate
 from training.step import (
@@ -77,7 +78,10 @@ class Stepper:
         totals.reduce(self._workers.control)
         shares = training.warmup_share, training.final_rate_share
         rate = learning_rate(step, of, training.learning_rate, *shares)
-        norm = self.engine.step(rate)
+        try:
+            norm = self.engine.step(rate)
+        except NotFiniteError as error:  # of the sum alone: no worker knows whose it is
+            raise _refusal(step, error, (pair.prompt_id for pair in batch)) from None
         figures = describe_step(totals, objective)
         speed = figures.pop("tokens") / (time.monotonic() - started)
         more = {"grad_norm": norm, "learning_rate": rate, "tokens_per_second": speed}
@@ -116,9 +120,13 @@ class Stepper:
         dist.all_gather_object(gathered, mine, group=self._workers.control)
         prompt_ids = [prompt_id for offenders, _ in gathered for prompt_id in offenders]
         if prompt_ids:
-            raise RunError(
-                f"step {step}: the loss or a gradient is not finite, so the step was not taken. "
-                f"The pairs are among those of prompts {', '.join(prompt_ids)}: look at them in "
-                "the run's pairs/, lower training.learning_rate, or set training.odds_gradient_cap"
-            )
+            raise _refusal(step, "the loss or a gradient is not finite", prompt_ids)
         return gathered[0][1]
+
+
+def _refusal(step: int, what: object, prompt_ids: Iterable[str]) -> RunError:
+    return RunError(
+        f"step {step}: {what}, so the step was not taken. The pairs are among those of prompts "
+        f"{', '.join(dict.fromkeys(prompt_ids))}: look at them in the run's pairs/, lower "
+        "training.learning_rate, or set training.odds_gradient_cap"
+    )
