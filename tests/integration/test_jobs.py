@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import requests
 
-from cluster.run_folder import RunFolder
+from cluster.recipes import load_config
+from cluster.run_folder import RunFolder, open_run
 from cluster.storage import location
 from tests.integration.runs import Recovery, end, family_of, go, write_recipe
 
@@ -33,6 +34,8 @@ class Head:
     options: list[str]
     """Which make the recipe one of tiny models."""
     pid: int
+    address: str
+    """For who joins the cluster and sends no job."""
 
     @property
     def at(self) -> list[str]:
@@ -128,7 +131,8 @@ def a_head(home: Path, free_port, options: list[str]):
                 stdout=stream,
                 stderr=subprocess.STDOUT,
             )
-        found = Head(f"http://127.0.0.1:{port}", environment, options, process.pid)
+        url, address = f"http://127.0.0.1:{port}", f"127.0.0.1:{flags['port']}"
+        found = Head(url, environment, options, process.pid, address)
         try:
             wait_for(lambda: answers(found.url), process, log)
             yield found
@@ -150,8 +154,8 @@ def answers(url: str) -> bool:
         return False
 
 
-def wait_for(condition, process, log) -> None:
-    deadline = time.monotonic() + START_LIMIT_S
+def wait_for(condition, process, log, limit_s: float = START_LIMIT_S) -> None:
+    deadline = time.monotonic() + limit_s
     while not condition():
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
@@ -191,6 +195,30 @@ def test_a_run_is_watched_and_stopped_and_may_go_on(head, tmp_path):
     assert followed.returncode == 75, followed.stdout
     assert "interrupted: the same command goes on from here\n" in followed.stdout
     assert (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_runs_models_are_served_on_a_cluster_that_demands_its_token(head, tmp_path):
+    places = [f"run.folder={tmp_path}/run", f"run.store={tmp_path}/store"]
+    config = load_config("configs/quickstart_small.yaml", [*places, *head.options])
+    open_run(config)
+    joining = {"RAY_ADDRESS": head.address, "RAY_AUTH_MODE": "token"}
+    url = f"http://127.0.0.1:{config.serving.port}/v1"
+    with (tmp_path / "screen").open("w") as screen:
+        serving = subprocess.Popen(
+            [sys.executable, "potstill.py", "serve", f"{tmp_path}/run"],
+            cwd=PROJECT,
+            env=head.environment | joining,
+            stdout=screen,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        told = tmp_path / "screen"
+        wait_for(lambda: "serving at" in told.read_text(), serving, told, JOB_LIMIT_S)
+        asked = head.potstill("ask", "Hello", "--model", "base", "--url", url)
+        assert asked.returncode == 0, asked.stdout
+    finally:
+        end(serving)
+    assert "stopping\n" in told.read_text()
 
 
 # Longer than the 3 seconds that Ray gives by itself.
