@@ -209,6 +209,7 @@ def test_another_recipe_is_refused(whole):
 
 
 @pytest.mark.fault
+@pytest.mark.long
 def test_an_interruption_says_that_the_run_can_go_on(whole, guesser, free_port, tmp_path):
     recipe = write_recipe(tmp_path, guesser, free_port())
     ended = go(recipe, until=lambda screen: "sampling engine" in screen, how=signal.SIGINT)
