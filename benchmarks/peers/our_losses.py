@@ -1,60 +1,67 @@
-"""Our losses on a batch: the log-probabilities of pipeline.logprobs, the losses of training."""
+"""Our losses on a batch, by what training itself minimises: the objective of a configuration."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.peers.batch import IGNORED, PAD, Batch, padded
+from cluster.sections import Training
 from pipeline.logprobs import ResponseLogProbs, Row, collate
-from training.losses import (
-    dadpo_loss,
-    kto_loss,
-    mean_log_probability,
-    odds_ratio_loss,
-    token_kl,
-)
+from training.batches import Anchors, TokenPair, count_batch
+from training.losses import token_kl
+from training.objectives import Objective
+from training.step import collate_pairs
 
 
-@dataclass(frozen=True)
-class Spans:
-    """Sums of log-probabilities and counts of tokens, of prompts and of their answers, each [B]."""
-
-    prompts: Tensor
-    answers: Tensor
-    prompt_tokens: Tensor
-    answer_tokens: Tensor
-
-
-def score(model: Any, prompts: list[list[int]], answers: list[list[int]]) -> Spans:
-    rows = [Row(prompt, [ids], True) for prompt, ids in zip(prompts, answers, strict=True)]
+def score(model: Any, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
+    """Sums of the log-probabilities of answers, [B]."""
+    rows = [Row(prompt, [ids]) for prompt, ids in zip(prompts, answers, strict=True)]
     batch = collate(rows, PAD)
-    sums = batch.span_sums(ResponseLogProbs(model)(batch))
-    return Spans(sums[::2], sums[1::2], batch.counts[::2], batch.counts[1::2])
+    return batch.span_sums(ResponseLogProbs(model)(batch))[1::2]
 
 
-def score_pairs(model: Any, batch: Batch) -> tuple[Spans, Spans]:
+def score_pairs(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Those of chosen and of rejected answers."""
     prompts = [pair.prompt for pair in batch.pairs]
     chosen = score(model, prompts, [pair.chosen for pair in batch.pairs])
     return chosen, score(model, prompts, [pair.rejected for pair in batch.pairs])
 
 
-def orpo(batch: Batch, weight: float, scope: str, reduction: str) -> Tensor:
-    """`reduction` is "tokens", the mean over the batch's, or "pairs", that of each pair's mean."""
-    chosen, rejected = score_pairs(batch.student, batch)
-    nll, tokens = -chosen.answers, chosen.answer_tokens
-    if scope == "full":
-        nll, tokens = nll - chosen.prompts, tokens + chosen.prompt_tokens
-    nll = nll.sum() / tokens.sum() if reduction == "tokens" else (nll / tokens).mean()
-    means = [mean_log_probability(x.answers, x.answer_tokens) for x in (chosen, rejected)]
-    return nll + weight * odds_ratio_loss(*means).mean()
+def loss_of(training: Training, batch: Batch, estimate: Tensor | None = None) -> Tensor:
+    """What training minimises of the batch, all of it in one micro-batch on one worker.
+
+    `estimate` is KTO's, of the KL.
+    """
+    full, anchors = training.nll_scope == "full", anchors_of(batch)
+    pairs = [
+        TokenPair(str(place), pair.prompt, pair.chosen, pair.rejected, anchors=anchors[place])
+        for place, pair in enumerate(batch.pairs)
+    ]
+    collated = collate_pairs(pairs, PAD, share_prompts=True, score_prompt=full)
+    objective = Objective(training, count_batch(pairs, full), estimate)
+    return objective.loss(ResponseLogProbs(batch.student), collated)[0]
+
+
+def anchors_of(batch: Batch) -> list[Anchors]:
+    """What the models that do not train say of each pair."""
+    with torch.no_grad():
+        scored = [score_pairs(model, batch) for model in (batch.reference, batch.teacher)]
+    sums = [answers.tolist() for pair in scored for answers in pair]
+    return [
+        Anchors(reference_chosen=a, reference_rejected=b, teacher_chosen=c, teacher_rejected=d)
+        for a, b, c, d in zip(*sums, strict=True)
+    ]
+
+
+def orpo(batch: Batch, weight: float, scope: Any, reduction: Any) -> Tensor:
+    modes = {"nll_scope": scope, "nll_reduction": reduction}
+    return loss_of(Training(method="orpo", odds_ratio_weight=weight, **modes), batch)
 
 
 def dadpo(batch: Batch, beta1: float, beta2: float) -> Tensor:
-    models = batch.student, batch.reference, batch.teacher
-    sums = [spans.answers for model in models for spans in score_pairs(model, batch)]
-    return dadpo_loss(*sums, beta1, beta2).mean()
+    betas = {"reference_weight": beta1, "teacher_weight": beta2}
+    return loss_of(Training(method="dadpo", **betas), batch)
 
 
 def mixed_reference(batch: Batch, beta1: float, beta2: float) -> tuple[Tensor, Tensor]:
@@ -62,7 +69,7 @@ def mixed_reference(batch: Batch, beta1: float, beta2: float) -> tuple[Tensor, T
     with torch.no_grad():
         scored = [score_pairs(model, batch) for model in (batch.reference, batch.teacher)]
     mixed = [
-        (beta1 * reference.answers + beta2 * teacher.answers) / (beta1 + beta2)
+        (beta1 * reference + beta2 * teacher) / (beta1 + beta2)
         for reference, teacher in zip(*scored, strict=True)
     ]
     return mixed[0], mixed[1]
@@ -73,15 +80,13 @@ def kl_estimate(batch: Batch) -> Tensor:
     prompts = [answer.prompt for answer in batch.answers]
     moved = [answer.moved for answer in batch.answers]
     policy, reference = (score(m, prompts, moved) for m in (batch.student, batch.reference))
-    return (policy.answers - reference.answers).mean()
+    return (policy - reference).mean()
 
 
 def kto(batch: Batch, beta: float, weights: tuple[float, float]) -> Tensor:
-    prompts = [answer.prompt for answer in batch.answers]
-    ids = [answer.ids for answer in batch.answers]
-    policy, reference = (score(m, prompts, ids).answers for m in (batch.student, batch.reference))
-    desirable = torch.tensor([answer.desirable for answer in batch.answers])
-    return kto_loss(policy, reference, desirable, kl_estimate(batch), beta, *weights).mean()
+    weighed = {"desirable_weight": weights[0], "undesirable_weight": weights[1]}
+    training = Training(method="kto", reference_weight=beta, **weighed)
+    return loss_of(training, batch, kl_estimate(batch))
 
 
 def kl_per_token(batch: Batch, direction: str) -> Tensor:
