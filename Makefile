@@ -11,7 +11,7 @@ help:
 	@echo "make miniature     every arm of both papers on tiny models, three seeds (an hour and a half)"
 	@echo "make test          the tests that need no GPU: units, then integration"
 	@echo "make faults        break things, one after the other, and look what is lost (an hour)"
-	@echo "make autoscaler    let Ray's autoscaler start and end nodes of this machine under a run (7 minutes)"
+	@echo "make autoscaler    let engines and nodes come and go as there is work (12 minutes)"
 	@echo "make check         ruff and mypy"
 	@echo "make format        let ruff rewrite the code"
 	@echo "make lock          resolve pyproject.toml into requirements/ (UPGRADE=--upgrade: newest)"

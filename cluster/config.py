@@ -8,7 +8,7 @@ from cluster import sections
 from cluster.credentials import misplaced_credentials
 from cluster.errors import BadInputError
 from cluster.nodes import impossible_nodes
-from cluster.sections import EXECUTION, Section
+from cluster.sections import EXECUTION, ReadBy, Section
 from cluster.teachers import impossible_judge, impossible_teachers, option_of
 from cluster.validation import described
 
@@ -70,6 +70,18 @@ class RunConfig(Section):
     def contrasts(self) -> bool:
         """Whether training compares right with wrong traces, and so needs negatives."""
         return self.training.method != "sft"
+
+    @property
+    def unread(self) -> list[str]:
+        """Options away from their defaults that the method does not read."""
+        return [
+            f"{part}.{name}"
+            for part, section in (("pairs", self.pairs), ("training", self.training))
+            for name, field in type(section).model_fields.items()
+            if getattr(section, name) != field.default
+            for mark in field.metadata
+            if isinstance(mark, ReadBy) and self.training.method not in mark.methods
+        ]
 
     @property
     def scored_by(self) -> tuple[str, ...]:

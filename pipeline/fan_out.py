@@ -78,6 +78,15 @@ def _run(
         raise type(ours)(str(ours).partition("\n")[0]) from None
 
 
+def made_ready(handle: Any) -> Any:
+    """A handle of engines whose router is there, for threads that share it.
+
+    Ray Serve makes it at a handle's first use, one for each thread if several are the first. All
+    report under the handle's name, the idle ones too, and the pool does not grow.
+    """
+    return handle.options()
+
+
 def ask_patiently(ask: Callable[[], Answers], patience_s: float) -> Answers:
     """What an engine answers, asked again for `patience_s` while it is replaced or reloads.
 

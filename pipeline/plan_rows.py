@@ -77,6 +77,7 @@ def work_rows(known: Known) -> Rows:
     checkpoint = 2 * known.parameters["student"] / GIB
     of_students = f", {rounds} x {traces} of students" if rounds else ""
     by = " and ".join(config.scored_by)
+    unread = ", ".join(config.unread)
     return [
         ("sampling", f"{traces} traces of {taught}{of_students}"),
         *[("scoring", f"pairs of each epoch by {by}")] * bool(by),
@@ -86,6 +87,7 @@ def work_rows(known: Known) -> Rows:
             f"{steps} steps over all of them (if {right_share(config):.0%} of the teacher's traces "
             "can be learned from)",
         ),
+        *[("not read", f"{unread}: {training.method} has no use for them")] * bool(unread),
         ("files", f"{counted(training.epochs, 'checkpoint')} of {checkpoint:.2g} GiB"),
         ("worker", parts_of(trainers(known).memory)),
         *((f"{name}'s engine", _engine(known, name)) for name in known.models),

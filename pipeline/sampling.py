@@ -13,7 +13,7 @@ from cluster.progress import progress
 from cluster.sections import Model
 from pipeline.chat import Chat, load_chat
 from pipeline.engine import Completion, Decoding, SampleRequest, Weights
-from pipeline.fan_out import ask_patiently, through_engines
+from pipeline.fan_out import ask_patiently, made_ready, through_engines
 from pipeline.foreign import ForeignWriter, plan_foreign_requests, sample_foreign
 from pipeline.missing import sample_key, sample_missing
 from pipeline.models import model_digest, resolve_model
@@ -176,7 +176,7 @@ class AskEngines:
         store: SampleStore,
         patience_s: float,
     ) -> None:
-        self._handle, self._digest = handle, digest
+        self._handle, self._digest = made_ready(handle), digest
         self._decoding, self._store = decoding, store
         self._patience_s = patience_s
 

@@ -18,7 +18,7 @@ from cluster.digests import digest_text
 from cluster.errors import RunError
 from cluster.progress import progress, say
 from pipeline.engine import ScoreAnswer, ScoreRequest, Weights
-from pipeline.fan_out import ask_patiently, through_engines, through_models
+from pipeline.fan_out import ask_patiently, made_ready, through_engines, through_models
 from pipeline.models import resolve_exact
 from pipeline.pool import ensure_engines, release_engines
 from pipeline.rows import Score
@@ -171,7 +171,7 @@ class ScoreByEngines:
     """
 
     def __init__(self, handle: Any, digest: str, store: ScoreStore, patience_s: float) -> None:
-        self._handle, self._digest = handle, digest
+        self._handle, self._digest = made_ready(handle), digest
         self._store, self._patience_s = store, patience_s
 
     def __call__(self, batch: pa.Table) -> pa.Table:

@@ -41,6 +41,25 @@ def test_later_students_are_sampled_only_where_pairs_draw_from_them(plan_of, sec
     assert rows(plan_of(**sections))["sampling"] == f"40 traces of the teacher{asked}"
 
 
+@pytest.mark.parametrize(
+    ("method", "unread"),
+    [
+        ("orpo", "training.teacher_weight, training.desirable_weight"),
+        ("dadpo", "training.desirable_weight"),
+        ("kto", "training.teacher_weight"),
+        ("sft", "pairs.phi, training.teacher_weight, training.desirable_weight"),
+    ],
+)
+def test_options_that_a_method_does_not_read_are_named(plan_of, method, unread):
+    weights = {"teacher_weight": 0.3, "desirable_weight": 2, "odds_ratio_weight": 1}
+    plan = plan_of(pairs={"phi": 1}, training={"method": method, **weights})
+    assert rows(plan)["not read"].startswith(f"{unread}: ")
+
+
+def test_what_every_method_reads_is_not_named(plan_of):
+    assert "not read" not in rows(plan_of(training={"kl_weight": 0.1, "learning_rate": 1e-3}))
+
+
 @pytest.fixture
 def chats(tmp_path):
     """A file of prompts, and a folder of the user's own functions."""

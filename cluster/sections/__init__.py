@@ -5,6 +5,7 @@ from cluster.sections.base import (
     Dtype,
     Execution,
     NonNegativeFloat,
+    ReadBy,
     Section,
     Share,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "Nodes",
     "NonNegativeFloat",
     "Pairs",
+    "ReadBy",
     "Run",
     "Sampling",
     "Scoring",

@@ -4,6 +4,7 @@ A field is part of the *recipe* (it shapes the result, and may not change within
 type is marked `Execution` (where and how fast the same result is made).
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -12,6 +13,19 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 T = TypeVar("T")
 EXECUTION = "execution"
 Execution = Annotated[T, EXECUTION]
+
+
+@dataclass(frozen=True)
+class ReadBy:
+    """Marks an option that these methods of training read alone.
+
+    Others leave it be, so that one recipe has what several arms need, and a plan names it.
+    """
+
+    methods: tuple[str, ...]
+
+
+Contrasting = Annotated[T, ReadBy(("orpo", "dadpo", "kto"))]
 
 Share = Annotated[float, Field(ge=0, le=1)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]

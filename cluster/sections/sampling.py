@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from cluster.sections.base import (
+    Contrasting,
     Execution,
     NonNegativeFloat,
     Section,
@@ -81,18 +82,18 @@ class Scoring(Section):
 class Pairs(Section):
     """How positives are paired with negatives: the mixed policy."""
 
-    phi: Share = 0.5
+    phi: Contrasting[Share] = 0.5
     """The chance that a negative comes from a later student and not from the base student."""
-    phi_schedule: tuple[Share, ...] | None = None
+    phi_schedule: Contrasting[tuple[Share, ...] | None] = None
     """A phi for each epoch, in the place of the one for all; the first epoch's changes nothing."""
-    negatives: Literal["wrong", "wrong_or_unparsed"] = "wrong"
+    negatives: Contrasting[Literal["wrong", "wrong_or_unparsed"]] = "wrong"
     """Which traces may be negatives; an unparsed one teaches format, not reasoning."""
-    negatives_from: Literal["student", "teacher"] = "student"
+    negatives_from: Contrasting[Literal["student", "teacher"]] = "student"
     """Whose wrong traces are the negatives; the teacher's need phi 0, as they never change."""
-    base: Literal["once", "fresh"] = "once"
+    base: Contrasting[Literal["once", "fresh"]] = "once"
     """Sample the base student's negatives once for all epochs, or fresh ones for each epoch, while
     the epoch before it trains; that needs room for an engine beside the training workers."""
-    draw: Literal["uniform", "similar", "recent"] = "uniform"
+    draw: Contrasting[Literal["uniform", "similar", "recent"]] = "uniform"
     """Which of a prompt's negatives is taken: any of the latest student's, the one most like the
     positive (ROUGE-L), or any of all students' since the first epoch, younger ones more often."""
     positives_per_prompt: PositiveInt | None = None

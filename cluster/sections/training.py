@@ -1,18 +1,23 @@
 """The loss, the schedule, and how DeepSpeed carries them out."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from cluster.sections.base import (
     Execution,
     NonNegativeFloat,
+    ReadBy,
     Section,
     Share,
 )
 
+T = TypeVar("T")
 _Decay = Annotated[float, Field(ge=0, lt=1)]
+_OfOrpo = Annotated[T, ReadBy(("orpo",))]
+_OfKto = Annotated[T, ReadBy(("kto",))]
+_WithNll = Annotated[T, ReadBy(("orpo", "sft"))]
 
 
 class Lora(Section):
@@ -32,27 +37,27 @@ class Training(Section):
     method: Literal["orpo", "sft", "dadpo", "kto"] = "orpo"
     """orpo contrasts right with wrong traces beside the NLL; sft learns from right traces alone;
     dadpo prefers them by DPO anchored at reference and teacher; kto takes answers one by one."""
-    odds_ratio_weight: NonNegativeFloat = 1.0
+    odds_ratio_weight: _OfOrpo[NonNegativeFloat] = 1.0
     """ORPO's lambda: the weight of the odds-ratio loss beside the NLL."""
-    odds_gradient_cap: PositiveFloat | None = None
+    odds_gradient_cap: _OfOrpo[PositiveFloat | None] = None
     """Cap on the gradient that one negative's odds may send back; null leaves it free."""
-    reference_weight: NonNegativeFloat = 0.1
+    reference_weight: Annotated[NonNegativeFloat, ReadBy(("dadpo", "kto"))] = 0.1
     """daDPO's beta 1, KTO's beta: how close to keep to the student as the run found it; 0 makes
     daDPO rDPO."""
-    teacher_weight: NonNegativeFloat = 0.1
+    teacher_weight: Annotated[NonNegativeFloat, ReadBy(("dadpo",))] = 0.1
     """daDPO's beta 2: how much the teacher's own probabilities count; 0 makes it dDPO."""
-    desirable_weight: NonNegativeFloat = 1.0
+    desirable_weight: _OfKto[NonNegativeFloat] = 1.0
     """KTO's weight of chosen answers."""
-    undesirable_weight: NonNegativeFloat = 1.0
+    undesirable_weight: _OfKto[NonNegativeFloat] = 1.0
     """KTO's weight of rejected answers."""
     kl_weight: NonNegativeFloat = 0.0
     """Weight of the token-level KL to the teacher on chosen answers, beside any method; above 0 it
     loads the teacher, of the same tokenizer, beside the student."""
     kl_direction: Literal["reverse", "forward"] = "reverse"
     """reverse is KL(student || teacher), forward KL(teacher || student)."""
-    nll_scope: Literal["response", "full"] = "response"
+    nll_scope: _WithNll[Literal["response", "full"]] = "response"
     """Tokens whose NLL is learned: the response alone, or the prompt as well."""
-    nll_reduction: Literal["tokens", "pairs"] = "tokens"
+    nll_reduction: _WithNll[Literal["tokens", "pairs"]] = "tokens"
     """What the NLL is a mean over: the tokens of the global batch, or its pairs' own means."""
     epochs: Annotated[int, Field(ge=0, le=999)] = 5
     """Passes over the pairs, negatives drawn anew before each; 0 only evaluates the base student

@@ -154,7 +154,7 @@ def go(
     orphans = {process for process in family if not command_of(process).startswith(RAY_AGENTS)}
     _, left = psutil.wait_procs(orphans, timeout=ORPHAN_LIMIT_S)
     print(f"{len(family)} processes, gone after {time.monotonic() - ended:.1f} s")
-    assert [command_of(process) for process in left] == []
+    assert not left, [command_of(process) for process in left]
     return Try(driver.wait(), screen.read_text(), ended - started)
 
 

@@ -1,15 +1,25 @@
-"""Ray's own autoscaler, its machines raylets here: nodes come for a stage, and go after it."""
+"""What grows: a pool of engines by Ray Serve, a cluster by Ray's autoscaler, its machines raylets
+here."""
 
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
+from cluster.config import parse_config
+from cluster.session import ray_session
+from cluster.storage import location
+from pipeline.pool import release_engines
+from pipeline.sampling import make_writer, sample
+from pipeline.store import SampleStore
+from pipeline.tasks import load_prompts
 from tests.integration.runs import end, go, write_recipe
 
 pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(1200)]
@@ -158,3 +168,59 @@ def test_nodes_come_for_a_stage_and_go_after_it(address, seen, guesser, free_por
     assert ("head", "sampling") in seen[:alone], "first the engines' node"
     both = ("head", "sampling", "training")
     assert both in seen[alone:], "it came back for the student after epoch 1"
+
+
+class Engines:
+    """Watches the processes of vLLM's engines while a block runs."""
+
+    def __init__(self) -> None:
+        self.busy_s: dict[int, float] = {}  # CPU time of each, by its process
+        self._ended = threading.Event()
+        self._watching = threading.Thread(target=self._watch)
+
+    def _watch(self) -> None:
+        while not self._ended.wait(1):
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    if "EngineCore" in process.name() + " ".join(process.cmdline()):
+                        self.busy_s[process.pid] = process.cpu_times().user
+
+    def __enter__(self) -> "Engines":
+        self._watching.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._watching.join()
+
+
+def test_a_second_engine_comes_while_there_is_work(tiny_llama, tmp_path):
+    """The samples are those of one engine, whichever of the two has drawn them."""
+    recipe = {
+        "run": {"folder": str(tmp_path / "run"), "store": str(tmp_path / "store")},
+        "task": {"name": "word_problems", "train_prompts": 60},
+        "teacher": {"model": str(tiny_llama)},
+        "student": {"model": str(tiny_llama), "dtype": "float32"},
+        "sampling": {"samples": 40, "max_new_tokens": 200},
+        "engines": {
+            "max_model_len": 512,
+            "kv_cache_gib": 0.2,
+            "enforce_eager": True,
+            "batch_rows": 4,
+        },
+    }
+    drawn = {}
+    for most in (1, 2):
+        recipe["engines"]["max_engines"] = most
+        config = parse_config(recipe, "test")
+        prompts = load_prompts(config.task, "train", 0)
+        student = make_writer("student", str(tiny_llama), config.student, config, "number")
+        store = SampleStore(location(str(tmp_path / f"store_{most}")))
+        with ray_session(config), Engines() as engines:
+            rows = sample(student, prompts, config, store, on_gpu=False)
+            release_engines(config)
+        print(most, engines.busy_s)
+        assert len(engines.busy_s) == most
+        drawn[most] = {row.key: row.text for row in rows}
+        assert len(drawn[most]) == len(rows) == 60 * 40
+    assert drawn[1] == drawn[2]

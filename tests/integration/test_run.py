@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 from itertools import pairwise
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -48,10 +49,13 @@ STAGES = {
 }
 
 
+ONCE = ["epoch 2"]
+
+
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(["epoch 2"], id="once"),
+        pytest.param(ONCE, id="once"),
         pytest.param([*STAGES], id="in each stage", marks=[pytest.mark.fault, pytest.mark.long]),
     ],
 )
@@ -251,4 +255,46 @@ def test_a_full_disk_ends_a_run_that_goes_on_once_there_is_room(
         assert re.search(rf"\nstopped: {place}/.* cannot be written .*free space", ended.screen)
         subprocess.run(["mount", "-o", "remount,size=64m", str(place)], check=True)
     assert go(recipe, THROUGH_ENGINES).code == 0
+    assert_as_undisturbed(recipe, whole[0])
+
+
+def keys_in(file: Path) -> list[str]:
+    return pq.read_table(file)["key"].to_pylist()
+
+
+def cut(path: Path) -> None:
+    """As a disk that lost its power leaves a file."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    """One bit, in the midst of a file."""
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+
+
+@pytest.mark.fault
+@pytest.mark.long
+@pytest.mark.parametrize("disturbed", [ONCE], ids=["once"], indirect=True)
+def test_what_was_damaged_is_made_again(disturbed, whole, measured):
+    recipe, _ = disturbed
+    drawn = set(keys_in(recipe.run / "completions/teacher.parquet"))
+    stored = (recipe.home / "store").rglob("*.parquet")
+    samples = next(file for file in stored if not drawn.isdisjoint(keys_in(file)))
+    damaged = {
+        samples: flip,
+        recipe.run / "completions/teacher.parquet": cut,
+        recipe.run / "pairs/epoch_002/pairs.parquet": flip,
+        recipe.run / "checkpoints/epoch_001/model.safetensors": cut,
+        recipe.run / "evals/base_test.json": cut,
+    }
+    for path, damage in damaged.items():
+        damage(path)
+    ended = go(recipe, THROUGH_ENGINES)
+    measured(f"five files damaged: made again in {ended.seconds:.0f} s")
+    assert ended.code == 0, ended.screen
+    aside = {path.name.partition(".damaged-")[0] for path in recipe.home.rglob("*.damaged-*")}
+    folders = {"epoch_001", "epoch_002"}  # of the checkpoint and of the pairs
+    assert aside == {samples.name, "teacher.parquet", "base_test.json", *folders}
     assert_as_undisturbed(recipe, whole[0])

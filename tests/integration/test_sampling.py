@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,11 +20,11 @@ from cluster.session import ray_session, result_of
 from cluster.storage import location, read_table
 from pipeline.fan_out import through_engines
 from pipeline.models import model_digest
-from pipeline.pool import release_engines
+from pipeline.pool import ensure_engines, release_engines
 from pipeline.resampler import MixedPolicyResampler, start_resampler
 from pipeline.rows import Pair, Sample, from_table
-from pipeline.sampling import make_writer, sample
-from pipeline.scoring import Answered, score
+from pipeline.sampling import AskEngines, make_writer, sample
+from pipeline.scoring import Answered, ScoreByEngines, score
 from pipeline.store import SampleStore, ScoreStore
 from pipeline.tasks import load_prompts
 from tests.integration.runs import SHOT, write_problems
@@ -149,6 +150,16 @@ def test_samples_are_keyed_seeded_and_never_drawn_twice(
     assert {key: row.text for key, row in by_key(again).items()} == {
         key: row.text for key, row in by_key(first).items()
     }
+
+
+@pytest.mark.usefixtures("session")
+def test_a_router_is_there_before_threads_share_it(config, tiny_llama, prompts):
+    weights = writer(config, tiny_llama, prompts).weights
+    # As Ray Data brings it to its workers; else threads make a router each, and none counts right.
+    handle = copy(ensure_engines(config, weights, on_gpu=False))
+    assert not handle.is_initialized
+    assert ScoreByEngines(copy(handle), "", None, 1)._handle.is_initialized
+    assert AskEngines(copy(handle), "", None, None, 1)._handle.is_initialized
 
 
 @pytest.mark.usefixtures("session")
