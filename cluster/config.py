@@ -119,6 +119,13 @@ def _context_rules(config: RunConfig) -> list[Rule]:
             f"{engines.max_engines}: lower one or raise the other",
         ),
         (
+            engines.cpu_threads not in (None, "auto", "nobind")
+            and engines.cpu_threads.count("|") + 1 != engines.tensor_parallel,
+            f"engines.cpu_threads={engines.cpu_threads} does not name cores for each of "
+            f"engines.tensor_parallel={engines.tensor_parallel} processes: divide them by |, as in "
+            "0-3|4-7 for two",
+        ),
+        (
             sampling.max_new_tokens >= engines.max_model_len,
             f"sampling.max_new_tokens={sampling.max_new_tokens} leaves no room for a prompt in "
             f"engines.max_model_len={engines.max_model_len}: raise the context or lower the tokens",

@@ -82,7 +82,7 @@ def engine_memory(shape: ModelShape, dtype: Dtype, engines: Engines, on_gpu: boo
             "weights": weights,
             # vLLM's layers keep a packed copy alone, but its head the plain one too, to embed with.
             "packed head": width * shape.vocabulary * shape.hidden,
-            "KV cache": engines.kv_cache_gib * GIB * shards,
+            "KV cache": engines.kv_cache_gib * GIB,
             "batch": batch,
             "processes": _ENGINE_PROCESSES + (shards - 1) * _ENGINE_PROCESSES / 3,
         }

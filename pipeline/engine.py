@@ -4,6 +4,7 @@ import asyncio
 import os
 import uuid
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +184,7 @@ def _sampling_params(decoding: Decoding, seed: int) -> Any:
 def start_engine(folder: Path, weights: Weights, engines: Engines, on_gpu: bool) -> Any:
     """A vLLM engine in this process's care. Takes 20 to 40 s for a small model on a CPU."""
     if not on_gpu:
-        threads = engines.cpu_threads or f"0-{(os.cpu_count() or 1) - 1}"
+        threads = engines.cpu_threads or shared_out(os.cpu_count() or 1, engines.tensor_parallel)
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = threads
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -204,5 +205,12 @@ def start_engine(folder: Path, weights: Weights, engines: Engines, on_gpu: bool)
         # A per-request seed kills the CPU engine when chunked prefill splits a prompt.
         arguments.enable_chunked_prefill = False
         arguments.max_num_batched_tokens = max(8192, engines.max_model_len)
-        arguments.kv_cache_memory_bytes = int(engines.kv_cache_gib * (1 << 30))
+        share = engines.kv_cache_gib / engines.tensor_parallel
+        arguments.kv_cache_memory_bytes = int(share * (1 << 30))
     return AsyncLLM.from_engine_args(arguments)
+
+
+def shared_out(cores: int, processes: int) -> str:
+    """A machine's cores for each process of an engine, as vLLM reads them: "0-3|4-7"."""
+    firsts = [cores * rank // processes for rank in range(processes + 1)]
+    return "|".join(f"{first}-{max(first, last - 1)}" for first, last in pairwise(firsts))

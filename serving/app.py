@@ -176,9 +176,9 @@ def _deployment(resident: bool, idle_s: float) -> dict[str, Any]:
 
 
 def _on_cpu(config: RunConfig) -> dict[str, Any]:
-    threads = config.engines.cpu_threads
+    threads = (config.engines.cpu_threads or "auto").replace("|", ",")  # of one process
     # "auto" leaves a core to the scheduler unless told to reserve none.
-    binding = {"VLLM_CPU_OMP_THREADS_BIND": threads or "auto", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
+    binding = {"VLLM_CPU_OMP_THREADS_BIND": threads, "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
     return {
         "engine_kwargs": {
             "enforce_eager": True,

@@ -36,6 +36,7 @@ OPTIONS = {
     "student.stop=['']": "at least 1 character",
     "student.chat_template=no.jinja": "neither a Jinja text nor a file",
     "engines.cpu_threads=all": "should match pattern",
+    "engines.cpu_threads='0|1'": "does not name cores for each of engines.tensor_parallel=1",
     "task.name=gsm9": "is no task, expected one of arc_challenge",
     # sizes
     "training.micro_batch=64": "not a multiple of micro_batch x workers = 64: change one",

@@ -7,7 +7,7 @@ import pytest
 
 from cluster.sections import Engines
 from pipeline import pool
-from pipeline.engine import SamplingEngine, Weights, start_engine
+from pipeline.engine import SamplingEngine, Weights, shared_out, start_engine
 from pipeline.pool import _deployment
 
 WEIGHTS = Weights("org/model", "d1", "a1", "bfloat16")
@@ -85,3 +85,16 @@ def test_an_engine_splits_its_model_over_its_processes(started, on_gpu):
     assert started(on_gpu).tensor_parallel_size == 1
     asked = started(on_gpu, tensor_parallel=2, max_model_len=384)
     assert (asked.tensor_parallel_size, asked.max_model_len) == (2, 384)
+
+
+def test_processes_on_a_cpu_share_its_cache(started):
+    whole, halves = (started(False, tensor_parallel=n, kv_cache_gib=2) for n in (1, 2))
+    assert whole.kv_cache_memory_bytes == 2 * halves.kv_cache_memory_bytes == 2 << 30
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "shares"),
+    [(2, 1, "0-1"), (8, 2, "0-3|4-7"), (5, 2, "0-1|2-4"), (1, 2, "0-0|0-0")],
+)
+def test_processes_on_a_cpu_share_its_cores(cores, processes, shares):
+    assert shared_out(cores, processes) == shares

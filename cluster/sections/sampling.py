@@ -47,11 +47,12 @@ class Engines(Section):
     cpus_per_engine: Execution[PositiveFloat] = 1
     """Logical CPUs that an engine holds for each of its processes."""
     cpu_threads: Execution[Annotated[str, Field(pattern=_CORES)] | None] = None
-    """Cores that vLLM binds to on a CPU, such as "0-3"; null means all of the machine's."""
+    """Cores that vLLM binds to on a CPU, such as "0-3", or "0-3|4-7" for two processes; null shares
+    all of the machine's out."""
     max_model_len: Execution[PositiveInt] = 2048
     """Context of the engine in tokens: prompt and response."""
     kv_cache_gib: Execution[PositiveFloat] = 2
-    """KV cache of an engine on a CPU."""
+    """KV cache of an engine on a CPU, all its processes together."""
     gpu_memory_share: Execution[Share] = 0.9
     """Share of a GPU's memory that an engine takes."""
     enforce_eager: Execution[bool] = False

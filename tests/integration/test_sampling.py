@@ -264,17 +264,45 @@ def test_a_teacher_behind_an_endpoint_is_asked_from_the_cluster(
     assert {pair.rejected_model for pair in pairs} == {model_digest(tiny_llama)}
 
 
-@pytest.mark.usefixtures("session")
-def test_a_warm_engine_takes_new_weights(config, tiny_llama, tmp_path, prompts, store):
+@pytest.fixture(scope="module")
+def changed(tiny_llama, tmp_path_factory):
+    """A folder with other weights of the same architecture."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    folder = tmp_path_factory.mktemp("changed")
     model = AutoModelForCausalLM.from_pretrained(tiny_llama)
     for parameter in model.parameters():
         parameter.data.mul_(1.5)
-    changed = tmp_path / "changed"
-    model.save_pretrained(changed)
-    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(changed)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(folder)
+    return folder
 
+
+@pytest.mark.usefixtures("session")
+def test_two_processes_that_share_a_model_answer_as_one(
+    config, tiny_llama, changed, prompts, tmp_path
+):
+    texts = {}
+    for processes in (1, 2):
+        split = with_options(
+            config,
+            student={"dtype": "float32"},
+            sampling={"temperature": 0, "samples": 1},
+            engines={"tensor_parallel": processes, "pool": f"split in {processes}"},
+        )
+        store = SampleStore(location(str(tmp_path / str(processes))))
+        for model in (tiny_llama, changed):  # the second is taken up by the engine of the first
+            student = writer(split, model, prompts)
+            rows = sample(student, prompts, split, store, on_gpu=False)
+            texts[processes, model] = {row.key: row.text for row in rows}
+        release_engines(split)
+    for model in (tiny_llama, changed):
+        assert texts[1, model] == texts[2, model]
+    assert set(texts[2, tiny_llama].values()) != set(texts[2, changed].values())
+
+
+@pytest.mark.usefixtures("session")
+def test_a_warm_engine_takes_new_weights(config, tiny_llama, changed, tmp_path, prompts, store):
     old, new = writer(config, tiny_llama, prompts), writer(config, changed, prompts)
     assert old.weights.architecture == new.weights.architecture
     before = sample(old, prompts, config, store, on_gpu=False)
