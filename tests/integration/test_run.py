@@ -49,16 +49,13 @@ STAGES = {
 }
 
 
-ONCE = ["epoch 2"]
-
-
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(ONCE, id="once"),
-        pytest.param([*STAGES], id="in each stage", marks=[pytest.mark.fault, pytest.mark.long]),
-    ],
+ONCE = pytest.param(["epoch 2"], id="once")
+IN_EACH_STAGE = pytest.param(
+    [*STAGES], id="in each stage", marks=[pytest.mark.fault, pytest.mark.long]
 )
+
+
+@pytest.fixture(scope="module", params=[ONCE, IN_EACH_STAGE])
 def disturbed(request, whole, guesser, free_port, tmp_path_factory, measured):
     """A run that was killed in one or all stages, and what it said in the try after each kill."""
     recipe = write_recipe(tmp_path_factory.mktemp("disturbed"), guesser, free_port())
@@ -274,9 +271,7 @@ def flip(path: Path) -> None:
     path.write_bytes(damaged)
 
 
-@pytest.mark.fault
-@pytest.mark.long
-@pytest.mark.parametrize("disturbed", [ONCE], ids=["once"], indirect=True)
+@pytest.mark.parametrize("disturbed", [IN_EACH_STAGE], indirect=True)
 def test_what_was_damaged_is_made_again(disturbed, whole, measured):
     recipe, _ = disturbed
     drawn = set(keys_in(recipe.run / "completions/teacher.parquet"))
