@@ -49,13 +49,13 @@ STAGES = {
 }
 
 
-ONCE = pytest.param(["epoch 2"], id="once")
-IN_EACH_STAGE = pytest.param(
-    [*STAGES], id="in each stage", marks=[pytest.mark.fault, pytest.mark.long]
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(["epoch 2"], id="once"),
+        pytest.param([*STAGES], id="in each stage", marks=[pytest.mark.fault, pytest.mark.long]),
+    ],
 )
-
-
-@pytest.fixture(scope="module", params=[ONCE, IN_EACH_STAGE])
 def disturbed(request, whole, guesser, free_port, tmp_path_factory, measured):
     """A run that was killed in one or all stages, and what it said in the try after each kill."""
     recipe = write_recipe(tmp_path_factory.mktemp("disturbed"), guesser, free_port())
@@ -271,9 +271,11 @@ def flip(path: Path) -> None:
     path.write_bytes(damaged)
 
 
-@pytest.mark.parametrize("disturbed", [IN_EACH_STAGE], indirect=True)
-def test_what_was_damaged_is_made_again(disturbed, whole, measured):
-    recipe, _ = disturbed
+@pytest.mark.fault
+@pytest.mark.long
+def test_what_was_damaged_is_made_again(whole, tmp_path, measured):
+    recipe, _ = whole
+    intact = Recipe(shutil.copytree(recipe.home, tmp_path / "intact") / recipe.file.name)
     drawn = set(keys_in(recipe.run / "completions/teacher.parquet"))
     stored = (recipe.home / "store").rglob("*.parquet")
     samples = next(file for file in stored if not drawn.isdisjoint(keys_in(file)))
@@ -292,4 +294,4 @@ def test_what_was_damaged_is_made_again(disturbed, whole, measured):
     aside = {path.name.partition(".damaged-")[0] for path in recipe.home.rglob("*.damaged-*")}
     folders = {"epoch_001", "epoch_002"}  # of the checkpoint and of the pairs
     assert aside == {samples.name, "teacher.parquet", "base_test.json", *folders}
-    assert_as_undisturbed(recipe, whole[0])
+    assert_as_undisturbed(recipe, intact)
