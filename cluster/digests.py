@@ -17,6 +17,11 @@ def digest_file(path: Path | UPath) -> str:
     return digest.hexdigest()
 
 
+def digest_bytes(content: bytes) -> str:
+    """As `digest_file`, of bytes that are here already."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
 def digest_text(*parts: str) -> str:
     """BLAKE2b-128 of strings, each with its length, so that no two lists of parts collide."""
     digest = hashlib.blake2b(digest_size=16)

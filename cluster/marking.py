@@ -2,7 +2,7 @@
 
 from upath import UPath
 
-from cluster.digests import digest_file
+from cluster.digests import digest_bytes, digest_file
 from cluster.storage import write_text
 
 _SUFFIX = ".ok"
@@ -16,6 +16,15 @@ def mark(file: UPath) -> None:
 def is_as_marked(file: UPath) -> bool:
     """Whether a file is what its marker names. Raises FileNotFoundError where one is missing."""
     return digest_file(file) == marker_of(file).read_text().strip()
+
+
+def read_marked(file: UPath) -> bytes | None:
+    """A file's bytes, fetched once; None where they are not what its marker names.
+
+    Raises FileNotFoundError where file or marker is missing.
+    """
+    content, named = file.read_bytes(), marker_of(file).read_text().strip()
+    return content if digest_bytes(content) == named else None
 
 
 def marker_of(file: UPath) -> UPath:

@@ -166,14 +166,23 @@ def read_table(path: UPath) -> pa.Table:
 
 
 def read_parquet(file: UPath, columns: list[str] | None = None) -> pa.Table:
-    """Some columns, or all, of a Parquet file. Raises BadInputError for objects of Python in it.
-
-    Where Ray Data is loaded, to look at a column of its type for objects unpickles them, and a
-    pickle can run code.
-    """
+    """Some columns, or all, of a Parquet file. Raises BadInputError for objects of Python in it."""
     table = pq.read_table(
         file.path, filesystem=file.fs, columns=columns, page_checksum_verification=True
     )
+    return _without_objects(table, file)
+
+
+def parse_parquet(content: bytes, file: UPath, columns: list[str] | None = None) -> pa.Table:
+    """As `read_parquet`, of bytes that were read from `file` already."""
+    source = pa.BufferReader(content)
+    table = pq.read_table(source, columns=columns, page_checksum_verification=True)
+    return _without_objects(table, file)
+
+
+def _without_objects(table: pa.Table, file: UPath) -> pa.Table:
+    # Where Ray Data is loaded, to look at a column of its type for objects unpickles them, and a
+    # pickle can run code.
     objects = [field.name for field in table.schema if _is_extended(field.type)]
     if objects:
         raise BadInputError(

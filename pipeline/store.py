@@ -10,7 +10,9 @@ which a ledger keeps what many write at once, are not known to every storage.
 
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -18,12 +20,13 @@ import pyarrow as pa
 from upath import UPath
 
 from cluster.ledger import Ledger
-from cluster.marking import is_as_marked, mark, marker_of
+from cluster.marking import mark, marker_of, read_marked
 from cluster.publishing import set_aside
-from cluster.storage import read_parquet, write_table
+from cluster.storage import parse_parquet, write_table
 from pipeline.rows import SCHEMAS, Sample, Score, from_table, to_table
 
 _LEDGER = "ledger"
+_READERS = 16  # files on their way at once: a bucket takes as long for one as for many
 
 Stored = TypeVar("Stored", Sample, Score)
 
@@ -62,32 +65,34 @@ class _Store(Generic[Stored]):
 
         Of two rows with one key, which two runs may draw at once, always the same one.
         """
-        wanted = pa.array(sorted(keys), pa.string())
         found: dict[str, Stored] = {}
         for table in self._tables(model, None):
-            chosen = table.filter(pa.compute.is_in(table["key"], value_set=wanted))
-            rows: list[Any] = from_table(self.row_type, chosen)
-            found = {row.key: row for row in rows} | found
+            wanted = pa.array([key in keys for key in table["key"].to_pylist()], pa.bool_())
+            rows: list[Any] = from_table(self.row_type, table.filter(wanted))
+            for row in rows:
+                found.setdefault(row.key, row)
         return found
 
     def _folder(self, model: str) -> UPath:
         return self.root / self.name / model
 
-    def _tables(self, model: str, columns: list[str] | None) -> Iterable[pa.Table]:
+    def _tables(self, model: str, columns: list[str] | None) -> Iterator[pa.Table]:
         folder = self._folder(model)
-        for name in _names(folder):
-            try:
-                whole = is_as_marked(folder / name)
-            except FileNotFoundError:  # not finished or set aside, whatever a listing says
-                continue
-            if whole:
-                yield self._read(folder / name, columns)
-            else:
-                marker_of(folder / name).unlink(missing_ok=True)
-                set_aside(folder / name)
+        paths = [folder / name for name in _names(folder)]
+        with ThreadPoolExecutor(_READERS) as readers:
+            tables = readers.map(partial(self._table, columns=columns), paths)
+            yield from (table for table in tables if table is not None)
 
-    def _read(self, path: UPath, columns: list[str] | None) -> pa.Table:
-        table = read_parquet(path, columns)
+    def _table(self, path: UPath, columns: list[str] | None) -> pa.Table | None:
+        try:
+            content = read_marked(path)
+        except FileNotFoundError:  # not finished or set aside, whatever a listing says
+            return None
+        if content is None:
+            marker_of(path).unlink(missing_ok=True)
+            set_aside(path)
+            return None
+        table = parse_parquet(content, path, columns)
         return table if columns else table.cast(SCHEMAS[self.row_type])
 
 
