@@ -22,9 +22,12 @@ _GPU_PROCESS = 1e9  # CUDA's context, its libraries' workspaces, NCCL's buffers
 _GPU_HOST_PROCESS = 4e9  # what a process that uses a GPU takes of the machine's memory
 # glibc keeps freed blocks of less than 32 MiB, as those of activations are, so a heap has holes.
 _HEAP = 1.4
-# Float32 arrays over the vocabulary that live at once for a scored token: its logits, the gradients
-# that the gather and the logsumexp send back, and an exponential between.
-_SCORES = 4
+# Arrays over the vocabulary that live at once for a scored token: its logits and their gradient.
+_SCORES = 2
+# And with a teacher: its logits, those of the student that are compared, and their gradient.
+_COMPARED = 3
+_WIDENED = 3 * 4  # bytes of a logit in the piece of them that is in float32 (pipeline.logprobs)
+_LOGITS_AT_ONCE = 1 << 23
 _LARGEST_BUCKET = 5e8  # DeepSpeed's reduce_bucket_size
 _MOST_GATHERED = 1e9  # DeepSpeed's stage3_max_live_parameters
 
@@ -114,7 +117,7 @@ def trainer_memory(
     held, moved = _states(shape, training)
     if teacher is not None:
         held["teacher"] = width_of(teacher[1]) * teacher[0].parameters
-    step = _step(shape, training, on_gpu)
+    step = _step(shape, training)
     passing = _passing(shape, training, batch, 1 if on_gpu else _HEAP)
     largest = passing if sum(passing.values()) > sum(step.values()) else step
     if not on_gpu:
@@ -150,32 +153,27 @@ def _states(shape: ModelShape, training: Training) -> tuple[Parts, Parts]:
     return parts, moved
 
 
-def _step(shape: ModelShape, training: Training, on_gpu: bool) -> Parts:
-    """What Adam's step takes: gradients in float32, and the root of the second moments."""
+def _step(shape: ModelShape, training: Training) -> Parts:
+    """What Adam's step takes: gradients in float32. It is fused, and makes no arrays beside."""
     trained = _trained(shape, training)
-    if training.zero_stage:  # the worker's share is one flat tensor
-        copies, largest = 4 * trained, trained
-    else:
-        copies = 0 if _is_plain(training) else 4 * trained
-        largest = min(trained, shape.vocabulary * shape.hidden)
-    # torch takes one tensor after the other on a CPU, with a second copy to divide by; all at once
-    # on a GPU.
-    roots = 4 * trained if on_gpu else 8 * largest
-    return {"Adam's step": (copies + roots) / _shared_by(training, 1)}
+    # With ZeRO the worker's share is one flat tensor.
+    copies = 4 * trained if training.zero_stage or not _is_plain(training) else 0
+    return {"Adam's step": copies / _shared_by(training, 1)}
 
 
 def _passing(shape: ModelShape, training: Training, batch: Batch, heap: float) -> Parts:
     """What a micro-batch keeps for its backward pass."""
     width, tokens = _width(training), batch.rows * batch.tokens
-    layer = tokens * _values_kept(shape, width) + width * batch.rows * batch.tokens**2
+    layer = tokens * _values_kept(shape, width)
     if training.gradient_checkpointing:  # each layer's input, and one layer at a time
         kept = layer + shape.layers * width * shape.hidden * tokens
     else:
         kept = layer * shape.layers
-    scored = batch.rows * batch.scored
-    if training.kl_weight:  # the teacher's chosen answers, beside the student's
-        scored *= 2
-    return {"activations": heap * kept, "scores": _SCORES * 4 * shape.vocabulary * scored}
+    mask = width * batch.rows * batch.tokens**2  # one for all layers
+    logits = shape.vocabulary * batch.rows * batch.scored
+    arrays = _SCORES + (_COMPARED if training.kl_weight else 0)
+    scores = arrays * width * logits + _WIDENED * min(logits, _LOGITS_AT_ONCE)
+    return {"activations": heap * (kept + mask), "scores": scores}
 
 
 def _values_kept(shape: ModelShape, width: int) -> int:

@@ -162,7 +162,11 @@ def _scoring_params() -> Any:
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
-        max_tokens=1, temperature=0, prompt_logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY
+        max_tokens=1,
+        temperature=0,
+        prompt_logprobs=0,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
 
@@ -187,6 +191,7 @@ def start_engine(folder: Path, weights: Weights, engines: Engines, on_gpu: bool)
         threads = engines.cpu_threads or shared_out(os.cpu_count() or 1, engines.tensor_parallel)
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = threads
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
     arguments = AsyncEngineArgs(
@@ -207,7 +212,9 @@ def start_engine(folder: Path, weights: Weights, engines: Engines, on_gpu: bool)
         arguments.max_num_batched_tokens = max(8192, engines.max_model_len)
         share = engines.kv_cache_gib / engines.tensor_parallel
         arguments.kv_cache_memory_bytes = int(share * (1 << 30))
-    return AsyncLLM.from_engine_args(arguments)
+    # Of vLLM's defaults for batches those of offline use, by device; an engine that is used as
+    # AsyncLLM is gets the least of all, 128 sequences.
+    return AsyncLLM.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS)
 
 
 def shared_out(cores: int, processes: int) -> str:

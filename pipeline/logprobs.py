@@ -5,18 +5,20 @@ response sees the prompt and itself, at the positions it would have alone. Train
 this one path.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 # Architectures whose shared rows are tested to equal separate ones; others get a row a response.
 _ONE_MASK = frozenset({"llama", "mistral"})
 _MASK_BY_LAYER_TYPE = frozenset({"gemma3_text", "qwen2", "qwen3", "smollm3"})
 _PADDING = -1
 _PROMPT = 0
+_LOGITS_AT_ONCE = 1 << 23  # that are widened together, in 32 MiB
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,12 @@ class TokenBatch:
     targets: Tensor  # [N]: the scored tokens' ids
     spans: Tensor  # [N]: the span that a scored token belongs to
     counts: Tensor  # [S]: scored tokens of each span
+    shared: bool  # whether responses of one row share its prompt
 
     def to(self, device: torch.device) -> "TokenBatch":
         """The same batch on another device."""
-        return TokenBatch(**{name: value.to(device) for name, value in vars(self).items()})
+        tensors = {name: value for name, value in vars(self).items() if name != "shared"}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
     @property
     def tokens(self) -> int:
@@ -80,26 +84,60 @@ class ResponseLogProbs(nn.Module):
         With `keep`, bool [N], also the logits [K, V] from which the marked tokens were predicted.
         The head, most of a small model's work, is applied only where a scored token is predicted.
         """
-        logits = self._logits(batch, batch.sources)
-        chosen = logits.gather(-1, batch.targets[:, None]).squeeze(-1)
-        logps = chosen - torch.logsumexp(logits, dim=-1)
+        logits = self.logits(batch)
+        logps = target_log_probs(logits, batch.targets)
         return logps if keep is None else (logps, logits[keep])
 
-    def logits(self, batch: TokenBatch, keep: Tensor) -> Tensor:
-        """The logits [K, V] from which the scored tokens that `keep` marks are predicted."""
-        return self._logits(batch, batch.sources[keep])
-
-    def _logits(self, batch: TokenBatch, sources: Tensor) -> Tensor:
+    def logits(self, batch: TokenBatch) -> Tensor:
+        """The logits [N, V] from which the scored tokens are predicted."""
         hidden = self.model.get_decoder()(
-            input_ids=batch.input_ids,
-            position_ids=batch.positions,
-            attention_mask=_attention_mask(self.model.config, batch),
-            use_cache=False,
+            input_ids=batch.input_ids, use_cache=False, **_placed(self.model, batch)
         ).last_hidden_state
-        logits = self.model.get_output_embeddings()(hidden.flatten(0, 1)[sources])
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = self.model.get_output_embeddings()(hidden.flatten(0, 1)[batch.sources])
         softcap = getattr(self.model.config, "final_logit_softcapping", None)
-        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+        return logits if softcap is None else torch.tanh(_widened(logits) / softcap) * softcap
+
+
+def target_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+    """log softmax(logits) at the targets: [N, V], [N] -> [N], in float32 (float64 for float64).
+
+    The logits are widened piece by piece, and of their size only their gradient is made, in their
+    own precision. Autograd alone would keep four float32 arrays [N, V].
+    """
+    return _TargetLogProbs.apply(logits, targets)
+
+
+def _widened(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+class _TargetLogProbs(torch.autograd.Function):
+    """d log softmax(z)_t / dz = onehot(t) - softmax(z)."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        sums = [torch.logsumexp(_widened(logits[part]), -1) for part in _pieces(logits)]
+        normaliser = torch.cat(sums)
+        ctx.save_for_backward(logits, targets, normaliser)
+        return logits.gather(-1, targets[:, None]).squeeze(-1).to(normaliser.dtype) - normaliser
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, flowing: Tensor) -> tuple[Tensor, None]:
+        logits, targets, normaliser = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        for part in _pieces(logits):
+            slope = (_widened(logits[part]) - normaliser[part, None]).exp_()
+            slope.mul_(-flowing[part, None])
+            slope.scatter_add_(-1, targets[part, None], flowing[part, None])
+            gradient[part] = slope
+        return gradient, None
+
+
+def _pieces(logits: Tensor) -> Iterator[slice]:
+    rows, vocabulary = logits.shape
+    step = max(1, _LOGITS_AT_ONCE // vocabulary)
+    return (slice(start, start + step) for start in range(0, max(rows, 1), step))
 
 
 def shares_prompts(model_config: Any) -> bool:
@@ -127,7 +165,8 @@ def collate(rows: Sequence[Row], pad_id: int) -> TokenBatch:
             segments[index, start:stop] = number
             scored.add_response(row, response, index * width, start)
             start = stop
-    return TokenBatch(input_ids, positions, segments, *scored.tensors())
+    shared = any(len(row.responses) > 1 for row in rows)
+    return TokenBatch(input_ids, positions, segments, *scored.tensors(), shared)
 
 
 @dataclass
@@ -162,18 +201,33 @@ class _Scored:
         self.counts.append(len(targets))
 
 
-def _attention_mask(model_config: Any, batch: TokenBatch) -> Tensor | dict[str, Tensor]:
-    """The plain padding mask where rows are plain, else masks [R, 1, T, T], True where seen."""
-    if batch.segments.max() <= 1:
-        return (batch.segments != _PADDING).long()
-    assert shares_prompts(model_config), f"{model_config.model_type} has no tested shared rows"
-    full = _shared_mask(batch.segments)
-    window = getattr(model_config, "sliding_window", None)
-    sliding = full & _within(batch.positions, window) if window else full
-    if model_config.model_type in _ONE_MASK:
+def _placed(model: Any, batch: TokenBatch) -> dict[str, Any]:
+    """Where tokens stand, and what they see: nothing to say where rows are plain.
+
+    A causal model sees no padding to the right, and without a mask fast kernels serve.
+    """
+    if not batch.shared:
+        return {}
+    return {"position_ids": batch.positions, "attention_mask": _masks(model, batch)}
+
+
+def _masks(model: Any, batch: TokenBatch) -> Tensor | dict[str, Tensor]:
+    """Masks [R, 1, T, T] to be added to the scores, made once for all layers of a type."""
+    config = model.config
+    assert shares_prompts(config), f"{config.model_type} has no tested shared rows"
+    seen = _shared_mask(batch.segments)
+    full = _added(seen, model.dtype)
+    window = getattr(config, "sliding_window", None)
+    sliding = _added(seen & _within(batch.positions, window), model.dtype) if window else full
+    if config.model_type in _ONE_MASK:
         return sliding
     by_type = {"full_attention": full, "sliding_attention": sliding}
-    return {layer_type: by_type[layer_type] for layer_type in set(model_config.layer_types)}
+    return {layer_type: by_type[layer_type] for layer_type in set(config.layer_types)}
+
+
+def _added(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    # A boolean mask would be converted, and kept, by each layer for itself.
+    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, float("-inf"))
 
 
 def _shared_mask(segments: Tensor) -> Tensor:

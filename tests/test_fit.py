@@ -57,7 +57,7 @@ def test_scores_between_epochs_need_room_as_well(known):
 
 
 def test_a_trainer_too_large_is_told_what_would_fit(known):
-    small = {"name": "all", **GPU, "gpu_memory_gib": 24}
+    small = {"name": "all", **GPU, "gpu_memory_gib": 19}
     (refusal,) = misfits(known([small], student="1.5", training={"workers": 2}))
     assert re.match(r"No room for 2 training workers of the student, .* \(weights 2\.9,", refusal)
     ways = refusal.partition("It fits with ")[2].partition("; or with more or larger nodes")[0]

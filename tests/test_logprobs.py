@@ -4,7 +4,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline.logprobs import ResponseLogProbs, Row, collate, shares_prompts
+import pipeline.logprobs
+from pipeline.logprobs import (
+    ResponseLogProbs,
+    Row,
+    collate,
+    shares_prompts,
+    target_log_probs,
+)
 
 PROMPT = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14]
 RESPONSES = [[20, 21, 22, 23, 2], [30, 31], [40, 41, 42, 43, 44, 45, 46]]
@@ -129,3 +136,28 @@ def test_every_token_is_predicted_from_the_one_before_it_in_its_own_text():
         previous for response in RESPONSES for previous, _ in pairwise([PROMPT[-1], *response])
     ]
     assert [flat[source] for source in batch.sources] == expected
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7])
+@pytest.mark.parametrize("at_once", [1, 64, 1 << 23])  # a row at a time, three and a bit, all
+def test_log_probabilities_and_their_gradients_are_torchs_own(rows, at_once, monkeypatch):
+    monkeypatch.setattr(pipeline.logprobs, "_LOGITS_AT_ONCE", at_once)
+    torch.manual_seed(0)
+    targets, flowing = torch.randint(19, (rows,)), torch.randn(rows, dtype=torch.float64)
+    logits = (9 * torch.randn(rows, 19, dtype=torch.float64)).requires_grad_()
+    expected = torch.log_softmax(logits, -1).gather(-1, targets[:, None]).squeeze(-1)
+    (wanted,) = torch.autograd.grad(expected @ flowing, logits)
+    found = target_log_probs(logits, targets)
+    (gradient,) = torch.autograd.grad(found @ flowing, logits)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(gradient, wanted, atol=1e-12, rtol=0)
+
+
+def test_bf16_logits_are_widened_before_anything_is_added_up():
+    logits = torch.randn(5, 40).to(torch.bfloat16).requires_grad_()
+    targets = torch.arange(5)
+    found = target_log_probs(logits, targets)
+    exact = torch.log_softmax(logits.detach().double(), -1)[torch.arange(5), targets]
+    torch.testing.assert_close(found.double(), exact, atol=1e-6, rtol=0)
+    found.sum().backward()
+    assert logits.grad.dtype == torch.bfloat16

@@ -81,7 +81,8 @@ def test_activations_go_with_tokens_and_scores_with_the_vocabulary(shape):
     large = Batch(4, 2000, 1000)
     plain = trainer(shape, batch=large).host
     checkpointed = trainer(shape, batch=large, gradient_checkpointing=True).host
-    assert checkpointed["activations"] < 0.7 * plain["activations"]
+    assert checkpointed["activations"] < 0.75 * plain["activations"]
+    # Two bytes for a logit and for its gradient, and three floats where it is widened.
     assert plain["scores"] == 16 * shape.vocabulary * 4 * 1000
     assert trainer(shape, batch=Batch(2, 2000, 1000)).host["activations"] == pytest.approx(
         plain["activations"] / 2
@@ -104,9 +105,9 @@ def test_activations_worked_out_by_hand():
     known = {"hidden": 10, "mlp": 40, "heads": 2, "key_value_heads": 1, "head_size": 5}
     shape = ModelShape(parameters=1, layers=3, vocabulary=7, context=0, normalised=50, **known)
     # A token of a layer in bf16: norms 50 x (4 + 2 + 2), attention 5 x 10 x 2, MLP 4 x 40 x 2
-    # bytes, 820 in all. Two rows of 100 tokens have 200 tokens, and masks of 2 x 100 x 100 x 2.
+    # bytes, 820 in all. Two rows of 100 tokens have 200 tokens, and a mask of 2 x 100 x 100 x 2.
     passing = trainer(shape, on_gpu=True, batch=Batch(2, 100, 50)).gpu
-    assert passing["activations"] == 3 * (200 * 820 + 40_000)
+    assert passing["activations"] == 3 * 200 * 820 + 40_000
     # Recomputed: one layer, and the input of each, 10 x 2 bytes a token.
     options = {"on_gpu": True, "gradient_checkpointing": True}
     recomputed = trainer(shape, batch=Batch(2, 100, 50), **options).gpu

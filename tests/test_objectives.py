@@ -69,7 +69,13 @@ def _run(model, pairs, training, micro_batch=8, workers=1, share_prompts=True, t
     counts = count_batch(pairs, full)
     divergence = sum(log_ratio_to_unrelated(scorer, share, 0) for share in shares) / counts.pairs
     objective = Objective(training, counts, divergence, teacher)
-    collator = partial(collate_pairs, pad_id=0, share_prompts=share_prompts, score_prompt=full)
+    collator = partial(
+        collate_pairs,
+        pad_id=0,
+        share_prompts=share_prompts,
+        score_prompt=full,
+        with_teacher=teacher is not None,
+    )
     totals = Totals()
     for share in shares:
         found = accumulate(scorer, share, objective, collator, lambda loss, _: loss.backward())

@@ -27,11 +27,18 @@ def deployed(config_of):
 def started(monkeypatch, tmp_path):
     """What vLLM is asked for by an engine; vLLM itself is not imported."""
     arguments, engine = ModuleType("vllm.engine.arg_utils"), ModuleType("vllm.v1.engine.async_llm")
+    usage = ModuleType("vllm.usage.usage_lib")
     arguments.AsyncEngineArgs = SimpleNamespace
-    engine.AsyncLLM = SimpleNamespace(from_engine_args=lambda asked: asked)
-    for name in ("vllm", "vllm.engine", "vllm.v1", "vllm.v1.engine"):
+    usage.UsageContext = SimpleNamespace(LLM_CLASS="offline")
+
+    def from_engine_args(asked, usage_context):
+        assert usage_context == "offline", "else vLLM samples 128 sequences at once, and no more"
+        return asked
+
+    engine.AsyncLLM = SimpleNamespace(from_engine_args=from_engine_args)
+    for name in ("vllm", "vllm.engine", "vllm.usage", "vllm.v1", "vllm.v1.engine"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    for module in (arguments, engine):
+    for module in (arguments, engine, usage):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "")  # set by the code: put back afterwards
     return lambda on_gpu, **options: start_engine(tmp_path, WEIGHTS, Engines(**options), on_gpu)

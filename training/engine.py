@@ -2,6 +2,8 @@
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +19,44 @@ from training.finite import NotFiniteError
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def load_student(folder: Path, config: RunConfig) -> Any:
-    """The base student in the training precision, with LoRA where configured."""
+def load_student(folder: Path, config: RunConfig, workers: int) -> Any:
+    """The base student in the training precision, with LoRA where configured.
+
+    At ZeRO stage 3 each of the workers gets its part while it loads.
+    """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=DTYPES[config.training.precision],
-        attn_implementation="sdpa",
-        trust_remote_code=config.student.trust_remote_code,
-    )
+    with _partitioned_at_once(config.training, workers):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=DTYPES[config.training.precision],
+            attn_implementation="sdpa",
+            trust_remote_code=config.student.trust_remote_code,
+        )
     if config.training.lora:
         _add_lora(model, config.training.lora)
     if config.training.gradient_checkpointing:
         # With LoRA the embeddings need no gradient, and reentrant checkpoints would then send none.
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
+
+
+@contextmanager
+def _partitioned_at_once(training: Training, workers: int) -> Iterator[None]:
+    """At stage 3, models that load within the block are never whole on any device.
+
+    DeepSpeed would else move the whole model there before it takes it apart.
+    """
+    if training.zero_stage < 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+
+    _deepspeed()  # which transformers is about to start
+    # transformers looks whether one is alive.
+    alive = HfDeepSpeedConfig(deepspeed_config(training, workers))
+    yield
+    del alive
 
 
 def load_teacher(config: RunConfig, student: Chat, device: Any) -> ResponseLogProbs | None:
@@ -85,6 +109,7 @@ class TrainingEngine:
             lr=0.0,
             betas=training.betas,
             weight_decay=training.weight_decay,
+            fused=True,
         )
         self._clips_itself = training.precision == "fp32" and training.zero_stage == 0
         if self._clips_itself:
@@ -129,15 +154,19 @@ class TrainingEngine:
 
 
 def _initialize(scorer: nn.Module, adam: Any, training: Training, workers: int) -> Any:
+    engine, *_ = _deepspeed().initialize(
+        model=scorer, optimizer=adam, config=deepspeed_config(training, workers)
+    )
+    return engine
+
+
+def _deepspeed() -> Any:
     import deepspeed
 
     # At its start DeepSpeed compiles an all-reduce for CPUs. It takes a minute and a C++ compiler,
     # and a worker that is killed meanwhile leaves a lock on which the next one waits for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    engine, *_ = deepspeed.initialize(
-        model=scorer, optimizer=adam, config=deepspeed_config(training, workers)
-    )
-    return engine
+    return deepspeed
 
 
 def deepspeed_config(training: Training, workers: int) -> dict[str, Any]:

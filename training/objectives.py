@@ -1,7 +1,7 @@
 """What a method makes of a micro-batch: its part of the global batch's loss, and figures of it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,12 +35,16 @@ class PairBatch:
     contrasted: list[int]  # indices of pairs that have a negative
     rejected: list[int]  # spans of the negatives, one for each of `contrasted`
     anchors: dict[str, Tensor]  # training.batches.Anchors by name, float64 [B]
+    for_teacher: TokenBatch | None = None  # chosen answers alone, where a teacher reads along
 
     def to(self, device: torch.device) -> "PairBatch":
         """The same batch on another device."""
-        anchors = {name: values.to(device) for name, values in self.anchors.items()}
-        moved = {"tokens": self.tokens.to(device), "anchors": anchors}
-        return PairBatch(**(vars(self) | moved))
+        return replace(
+            self,
+            tokens=self.tokens.to(device),
+            anchors={name: values.to(device) for name, values in self.anchors.items()},
+            for_teacher=self.for_teacher and self.for_teacher.to(device),
+        )
 
 
 @dataclass(frozen=True)
@@ -82,8 +86,9 @@ class Objective:
         tokens, chosen = batch.tokens, torch.tensor(batch.chosen, device=batch.tokens.spans.device)
         keep = torch.isin(tokens.spans, chosen)
         logps, logits = model(tokens, keep)
+        assert batch.for_teacher is not None
         with torch.no_grad():
-            aimed_at = teacher.logits(tokens, keep)
+            aimed_at = teacher.logits(batch.for_teacher)
         distances = position_kl(logits, aimed_at, self.training.kl_direction)
         return logps, (distances / tokens.counts[tokens.spans[keep]]).sum()
 

@@ -40,8 +40,8 @@ def save_state(engine: TrainingEngine, folder: Path | None, step: int) -> None:
         (folder / _INDEX).write_text(json.dumps({"step": step, "files": files}))
 
 
-def load_state(engine: TrainingEngine, folder: Path) -> int:
-    """Put a saved state into a fresh engine, on every worker. Returns its optimizer steps."""
+def load_state(engine: TrainingEngine, folder: Path) -> None:
+    """Put a saved state into a fresh engine, on every worker."""
     index = json.loads((folder / _INDEX).read_text())
     _make_moments(engine, index["step"])
     saved = {key: file for file in index["files"] for key in _keys(folder / file)}
@@ -50,7 +50,6 @@ def load_state(engine: TrainingEngine, folder: Path) -> int:
             key = f"{name}:{part}"
             with safe_open(folder / saved[key], framework="pt") as file:
                 _write(engine, parameter, part, file.get_tensor(key))
-    return index["step"]
 
 
 def newest_state(run: RunFolder, limit: int) -> int:
@@ -145,7 +144,7 @@ def _make_moments(engine: TrainingEngine, step: int) -> None:
     optimizer: Any = engine.deepspeed.optimizer
     for flat in _stepped_tensors(engine, optimizer):
         engine.adam.state[flat] = {
-            "step": torch.tensor(float(step)),
+            "step": torch.tensor(float(step), device=flat.device),
             **{moment: torch.zeros_like(flat) for moment in _MOMENTS},
         }
     if hasattr(optimizer, "single_partition_of_fp32_groups"):

@@ -24,19 +24,22 @@ _OF_CONTRASTED = (  # means over pairs that have a negative
 
 @dataclass
 class Totals:
-    """A worker's figures of one step, by name: float64 scalars on the CPU."""
+    """A worker's figures of one step, by name: float64 scalars, on the CPU once reduced."""
 
     figures: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, figures: dict[str, Tensor]) -> None:
         """Count a micro-batch's."""
         for name, value in figures.items():
-            before = self.figures.get(name, torch.zeros((), dtype=torch.float64))
+            value = value.detach().double()
             join = torch.maximum if name == _LARGEST else torch.add
-            self.figures[name] = join(before, value.detach().double().to(before.device))
+            before = self.figures.get(name)
+            self.figures[name] = value if before is None else join(before, value)
 
     def reduce(self, group: dist.ProcessGroup | None) -> None:
         """Make them those of all workers of `group`, who have the same names."""
+        # Not before: each copy from a GPU waits for all that it has to do.
+        self.figures = {name: value.cpu() for name, value in self.figures.items()}
         if _LARGEST in self.figures:
             dist.all_reduce(self.figures[_LARGEST], dist.ReduceOp.MAX, group=group)
         names = sorted(self.figures.keys() - {_LARGEST})
@@ -46,9 +49,16 @@ class Totals:
 
 
 def collate_pairs(
-    pairs: Sequence[TokenPair], pad_id: int, share_prompts: bool, score_prompt: bool
+    pairs: Sequence[TokenPair],
+    pad_id: int,
+    share_prompts: bool,
+    score_prompt: bool,
+    with_teacher: bool = False,
 ) -> PairBatch:
-    """Rows [prompt | chosen | rejected], or a row for each response without `share_prompts`."""
+    """Rows [prompt | chosen | rejected], or a row for each response without `share_prompts`.
+
+    `with_teacher` adds rows [prompt | chosen] for one that is compared token by token.
+    """
     rows: list[Row] = []
     prompts, chosen, contrasted, rejected = [], [], [], []
     spans = 0
@@ -65,8 +75,16 @@ def collate_pairs(
                 rows.append(Row(pair.prompt, [pair.rejected]))
                 spans += 2
             rejected.append(spans - 1)
-    anchors = _anchors(pairs)
-    return PairBatch(collate(rows, pad_id), prompts, chosen, contrasted, rejected, anchors)
+    taught = [Row(pair.prompt, [pair.chosen]) for pair in pairs] if with_teacher else []
+    return PairBatch(
+        collate(rows, pad_id),
+        prompts,
+        chosen,
+        contrasted,
+        rejected,
+        _anchors(pairs),
+        collate(taught, pad_id) if taught else None,
+    )
 
 
 def _anchors(pairs: Sequence[TokenPair]) -> dict[str, Tensor]:

@@ -54,7 +54,7 @@ class Stepper:
         self._seed, self._training = config.run.seed, config.training
         self._pad_id, self._workers = chat.pad_id, workers
         torch.manual_seed(config.run.seed)
-        model = load_student(base, config)
+        model = load_student(base, config, workers.count)
         self.engine = TrainingEngine(model, config.training, workers.count)
         self._finite = FiniteCheck(model.parameters())
         self._teacher = load_teacher(config, chat, self.engine.deepspeed.device)
@@ -105,6 +105,7 @@ class Stepper:
             pad_id=self._pad_id,
             share_prompts=self._share_prompts,
             score_prompt=self._training.nll_scope == "full",
+            with_teacher=self._teacher is not None,
         )
 
         def backward(loss: torch.Tensor, micro: MicroBatch) -> None:

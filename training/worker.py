@@ -55,7 +55,7 @@ def train_worker(settings: dict[str, Assignment]) -> None:
     context = ray.train.get_context()
     assignment = settings["assignment"]
     os.environ["DS_ACCELERATOR"] = "cuda" if assignment.on_gpu else "cpu"  # read by its import
-    if not assignment.on_gpu:
+    if not assignment.on_gpu or assignment.config.training.offload != "none":
         use_threads(assignment.config.training, context.get_local_world_size())
     attach(assignment.board)
     if assignment.run.epochs_published() < assignment.config.training.epochs:
@@ -100,7 +100,7 @@ class Worker:
         if step:
             source = self.run.trainer_state(step)
             folder = fetch_folder(source, storage.cache_folder())
-            assert load_state(self.stepper.engine, folder) == step
+            load_state(self.stepper.engine, folder)
             dist.barrier(self.control)
             if not storage.is_local(source):  # a copy of no further use, larger than the model
                 shutil.rmtree(folder, ignore_errors=True)

@@ -51,7 +51,12 @@ def _publish_scores(run: RunFolder, config: RunConfig) -> None:
 LAYOUTS = {
     "four micro-batches": {"micro_batch": 1},
     "two workers": {"workers": 2, "micro_batch": 1},
-    "two workers, ZeRO-3": {"workers": 2, "micro_batch": 1, "zero_stage": 3},
+    "two workers, ZeRO-3, checkpointing": {
+        "workers": 2,
+        "micro_batch": 1,
+        "zero_stage": 3,
+        "gradient_checkpointing": True,
+    },
     "checkpointing, offload": {
         "gradient_checkpointing": True,
         "zero_stage": 1,
