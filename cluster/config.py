@@ -74,7 +74,8 @@ class RunConfig(Section):
     @property
     def unread(self) -> list[str]:
         """Options away from their defaults that the method does not read."""
-        return [
+        idle = not self.training.kl_weight and self.training.kl_direction != "reverse"
+        return ["training.kl_direction"] * idle + [
             f"{part}.{name}"
             for part, section in (("pairs", self.pairs), ("training", self.training))
             for name, field in type(section).model_fields.items()

@@ -13,6 +13,9 @@ from upath import UPath
 
 from cluster.storage import create_text
 
+# How many entries this process has seen in each ledger: there it goes on looking.
+_seen: dict[str, int] = {}
+
 
 @dataclass(frozen=True)
 class Ledger:
@@ -25,6 +28,7 @@ class Ledger:
         number = self._end()
         while not create_text(self._entry(number), line):
             number += 1
+        _seen[str(self.folder)] = number + 1
 
     def read(self) -> list[str]:
         """All lines, each once. One that a killed process wrote to a disk may be cut short."""
@@ -38,11 +42,15 @@ class Ledger:
 
     def _end(self) -> int:
         """The first number that is free: all below one that is taken are, so few are looked at."""
-        start, reach = 0, 1
+        start, reach = _seen.get(str(self.folder), 0), 1
+        if start and not self._is_taken(start - 1):  # the folder was removed meanwhile
+            start = 0
         while self._is_taken(start + reach - 1):
             start, reach = start + reach, 2 * reach
         numbers = range(start, start + reach - 1)
-        return start + bisect_left(numbers, True, key=lambda n: not self._is_taken(n))
+        end = start + bisect_left(numbers, True, key=lambda n: not self._is_taken(n))
+        _seen[str(self.folder)] = end
+        return end
 
     def _is_taken(self, number: int) -> bool:
         try:

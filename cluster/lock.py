@@ -14,7 +14,7 @@ from upath import UPath
 
 from cluster.errors import EXIT_INTERRUPTED, BadInputError
 from cluster.progress import complain, say
-from cluster.storage import failures, is_local
+from cluster.storage import is_local
 
 _LOCK = ".lock"
 _BEAT_S = 5.0
@@ -114,8 +114,10 @@ class _Beating:
                     os._exit(EXIT_INTERRUPTED)  # nothing more may be written here, not even orderly
                 self._beats += 1
                 self._write("overwrite")
-            except failures():
-                continue  # storage that stalls: others see silence, and we see it if one takes over
+            except Exception:  # noqa: BLE001
+                # Whatever a storage's library raises is a beat that is missed; a thread that ended
+                # would let another process in. We see it if one takes over.
+                continue
 
     def _is_ours(self, found: dict[str, object] | None) -> bool:
         return found is not None and found.get("id") == self._id

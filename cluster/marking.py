@@ -8,9 +8,9 @@ from cluster.storage import write_text
 _SUFFIX = ".ok"
 
 
-def mark(file: UPath) -> None:
-    """Write a file's marker, once the file is whole."""
-    write_text(marker_of(file), digest_file(file))
+def mark(file: UPath, content: bytes) -> None:
+    """Write a file's marker, once `content` is written: what storage made of it may differ."""
+    write_text(marker_of(file), digest_bytes(content))
 
 
 def is_as_marked(file: UPath) -> bool:

@@ -35,8 +35,8 @@ _BOARD_INTERVAL_S = 0.5
 _board: Any = None
 
 
-_console = Console(highlight=False, soft_wrap=True)
-_errors = Console(highlight=False, soft_wrap=True, stderr=True)
+_console = Console(highlight=False, soft_wrap=True, emoji=False)
+_errors = Console(highlight=False, soft_wrap=True, emoji=False, stderr=True)
 
 
 def console() -> Console:

@@ -25,7 +25,6 @@ from cluster.progress import say
 from cluster.storage import is_local, read_json, read_parquet, write_json, writing
 
 MARKER = "PUBLISHED.json"
-_CHUNK = 1 << 22
 _STAGING = ".staging-"
 
 
@@ -58,8 +57,7 @@ def publish_folder(source: Path, target: UPath) -> None:
             _flush(file)
             shutil.move(file, str(destination))
         else:
-            with file.open("rb") as reader, destination.open("wb") as writer:
-                shutil.copyfileobj(reader, writer, _CHUNK)
+            destination.fs.put_file(str(file), destination.path)  # several parts at once
         if digest_file(destination) != digests[name]:
             raise RunError(
                 f"{destination} does not give back what was written: run the same command again"
@@ -179,8 +177,7 @@ def _download(source: UPath, digests: Mapping[str, str], target: Path) -> None:
     for name, digest in digests.items():
         file = target / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        with (source / name).open("rb") as reader, file.open("wb") as writer:
-            shutil.copyfileobj(reader, writer, _CHUNK)
+        source.fs.get_file((source / name).path, str(file))
         if digest_file(file) != digest:
             shutil.rmtree(target)
             raise RunError(

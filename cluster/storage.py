@@ -6,6 +6,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from errno import ENOSPC
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,11 @@ def check_writable(option: str, place: UPath) -> None:
 
     Nothing is written: a bucket tells only when it is written to.
     """
+    if place.protocol in ("http", "https"):
+        raise BadInputError(
+            f"{option}={place} cannot be written: give a path, or the URL of a bucket such as "
+            "s3://bucket/folder"
+        )
     check_reachable(option, place)
     if not is_local(place):
         return
@@ -67,6 +73,21 @@ def check_writable(option: str, place: UPath) -> None:
             f"{option}={place} cannot be written, as {there} is not open to this user: give a "
             "folder of your own, or ask for the right to write there"
         )
+
+
+def prove_writable(option: str, place: UPath) -> None:
+    """Raise BadInputError where a file cannot be written in `place` and removed again."""
+    file = place / f".trial-{uuid.uuid4().hex}"
+    try:
+        write_bytes(file, b"")
+        file.unlink()
+    except RunError as error:
+        if getattr(error.__cause__, "errno", None) == ENOSPC:
+            raise  # a full disk is no mistake of the user's
+        raise BadInputError(
+            f"{option}={place} cannot be written ({error.__cause__}): give another place, or the "
+            "right to write there"
+        ) from None
 
 
 def failures() -> tuple[type[Exception], ...]:
@@ -101,29 +122,30 @@ def is_local(path: UPath) -> bool:
     return path.protocol in ("", "file", "local")
 
 
-def write_json(path: UPath, value: object) -> None:
-    """Write a JSON file; on a local disk it appears whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+def write_json(path: UPath, value: object) -> bytes:
+    """Write a JSON file whole, as write_bytes does. Returns its bytes."""
+    return write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
-def write_text(path: UPath, text: str) -> None:
-    """Write a text file; on a local disk it appears whole or not at all."""
-    write_bytes(path, text.encode())
+def write_text(path: UPath, text: str) -> bytes:
+    """Write a text file whole, as write_bytes does. Returns its bytes."""
+    return write_bytes(path, text.encode())
 
 
-def write_bytes(path: UPath, content: bytes) -> None:
+def write_bytes(path: UPath, content: bytes) -> bytes:
     """Write a file; on a local disk it appears whole or not at all, as objects do in a bucket."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if not is_local(path):
             path.write_bytes(content)
-            return
+            return content
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
             partial.write_bytes(content)
             partial.rename(path)
         finally:
             partial.unlink(missing_ok=True)
+        return content
 
 
 def create_text(path: UPath, text: str) -> bool:
@@ -149,11 +171,11 @@ def read_json(path: UPath) -> Any:
     return json.loads(path.read_text())
 
 
-def write_table(table: pa.Table, path: UPath) -> None:
-    """Write a Parquet file; on a local disk it appears whole or not at all."""
+def write_table(table: pa.Table, path: UPath) -> bytes:
+    """Write a Parquet file whole, as write_bytes does. Returns its bytes."""
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
-    write_bytes(path, buffer.getvalue())
+    return write_bytes(path, buffer.getvalue())
 
 
 def read_table(path: UPath) -> pa.Table:

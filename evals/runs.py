@@ -13,7 +13,7 @@ from cluster.refusals import refuse_disks_of_nodes
 from cluster.run_folder import RunFolder, check_recipe, open_run
 from cluster.session import ray_session, result_of, settled
 from cluster.soundness import set_aside_damaged
-from cluster.storage import location, write_json
+from cluster.storage import location, prove_writable, write_json
 
 
 def check_stages(configs: Sequence[RunConfig]) -> None:
@@ -62,6 +62,8 @@ def _refuse(plans: Iterable[Any], with_unseen: bool = True) -> None:
 def open_stages(configs: Sequence[RunConfig]) -> Iterator[tuple[RunFolder, RunConfig]]:
     """The stages, each open for one round of the loop over them, after a look at all of them."""
     check_stages(configs)
+    prove_writable("run.folder", location(configs[0].run.folder))
+    prove_writable("run.store", location(configs[0].run.store))
     for config in configs:
         with open_stage(config) as folder:
             yield folder, config

@@ -4,6 +4,7 @@ import tempfile
 import uuid
 from dataclasses import dataclass
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -74,9 +75,9 @@ def _measure_folder(
     config: RunConfig, prompts: list[Prompt], split: str
 ) -> tuple[dict[str, Any], list[Answer]]:
     model = model_of_section(BASE, config.student)
-    read_shape(resolve_model(config.student.model))  # refuses weights that are not whole
     if starts_own_cluster(config):
         refuse_taken_port(config.serving.host, config.serving.port)
+    _check_context(config)
     with ray_session(config):
         say(f"starting {config.student.model}")
         try:
@@ -84,6 +85,16 @@ def _measure_folder(
             return measure(endpoint.url, BASE, split, prompts, config)
         finally:
             stop_serving(config)
+
+
+def _check_context(config: RunConfig) -> None:
+    """Refuse weights that are not whole, and a context that the model does not have."""
+    context = read_shape(resolve_model(config.student.model)).context
+    if context and config.evaluation_tokens >= context:
+        raise BadInputError(
+            f"--max-new-tokens {config.evaluation_tokens} leaves no room for a prompt in the "
+            f"{context} tokens of context of {config.student.model}: lower it"
+        )
 
 
 def _check_verdict(config: RunConfig, prompts: list[Prompt]) -> None:
@@ -113,8 +124,8 @@ def _check_url(url: str) -> None:
 
 
 def _with_v1(url: str) -> str:
-    url = url.rstrip("/")
-    return url if url.endswith("/v1") else f"{url}/v1"
+    """A bare host serves below /v1; a path is where its owner says."""
+    return url.rstrip("/") if urlsplit(url).path.strip("/") else f"{url.rstrip('/')}/v1"
 
 
 def _config(wanted: SingleEvaluation) -> RunConfig:

@@ -142,10 +142,10 @@ def _ask_job(job: _Job, run: RunFolder, config: RunConfig) -> None:
 
 def _keep(job: _Job, run: RunFolder, result: dict[str, Any], answers: list[Answer]) -> None:
     target = run.evaluation(job.name)
-    storage.write_table(answers_table(answers), answers_file(target))
-    mark(answers_file(target))
-    storage.write_json(target, result)  # after the answers: they are there where it is
-    mark(target)
+    behind = answers_file(target)
+    mark(behind, storage.write_table(answers_table(answers), behind))
+    # After the answers: they are there where it is.
+    mark(target, storage.write_json(target, result))
     say(summary(result))
 
 

@@ -5,7 +5,8 @@ closed `\boxed{}` counts, never a number or letter that happens to stand in the 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import get_args
 
 from pipeline.boxed import last_box, peel
 from pipeline.numbers import parse_number
@@ -16,9 +17,23 @@ _USUAL_LABELS = dict.fromkeys("ABCDE12345", "")
 _OPTION = re.compile(r"option\s+", re.IGNORECASE)
 _LABEL = re.compile(r"\(?(\w)\)?")
 _LABEL_AND_TEXT = re.compile(r"\(?(\w)(?:\)[.:]?\s*|:\s*|\.\s+)(?=\S)(.*)", re.DOTALL)
+# A letter that stands alone. In lower case it may be a word or a part of one: "a dog", "I'd",
+# "e.g.", "b-cell".
+_STANDING = re.compile(
+    r"(?<!\w)(?:[A-Z0-9](?!\w)|(?<!['’])(?<!i\.)(?!e\.g)"
+    r"(?!a\s+(?!(?:or|and|nor|is|are|but)\b)\w)[a-z](?!\w|['’]|-\w\w))"
+)
 _YES = re.compile(r"(?<![\w-])(?:yes|true)(?![\w-])", re.IGNORECASE)
 _NO = re.compile(r"(?<![\w-])(?:no|false)(?![\w-])", re.IGNORECASE)
-_NEGATED = re.compile(r"(?<![\w-])not\s+(?:yes|true|no|false)(?![\w-])", re.IGNORECASE)
+_CLAUSE_END = re.compile(r"[.,;:!?]")
+_NEGATION = re.compile(
+    r"(?<![\w-])(?:not|cannot|never|neither|nor|hardly|barely|scarcely|rarely|seldom"
+    r"|unlikely|impossible|doubtful|far\s+from|anything\s+but|lnot|neg"
+    r"|[a-z]+n['’]t|(?:is|are|was|were|does|do|did|ca|could|wo|would|should)nt)(?!\w)|¬",
+    re.IGNORECASE,
+)
+# A degenerate model fills its box without end; an answer is an option's text and little more.
+_MOST_CHARACTERS = 300
 
 
 def extract_answer(text: str, kind: Kind, choices: Mapping[str, str] | None = None) -> str | None:
@@ -32,7 +47,12 @@ def extract_answer(text: str, kind: Kind, choices: Mapping[str, str] | None = No
 
 
 def grade(text: str, kind: Kind, gold: str, choices: Mapping[str, str] | None = None) -> Verdict:
-    """Whether `text` ends in the `gold` answer; ValueError where `gold` is not of that kind."""
+    """Whether `text` ends in the `gold` answer; ValueError where `gold` is no text of that kind."""
+    if not isinstance(gold, str):
+        raise ValueError(
+            f"the gold answer is {gold!r} ({type(gold).__name__}), expected the text of a {kind}: "
+            "leave out rows without a gold answer, and write a number as a text"
+        )
     expected = canonical_answer(gold, kind, choices)
     if expected is None:
         raise ValueError(f"the gold answer {gold!r} is not a {kind} of this item: {choices}")
@@ -47,8 +67,12 @@ def canonical_answer(
 ) -> str | None:
     """A box's content, or a gold answer, in the one form of its kind; None if it is not of it.
 
-    Open answers have no such form, so theirs is None.
+    Open answers have no such form, so theirs is None. So is that of a content much longer than
+    any option.
     """
+    longest = max(map(len, (choices or {}).values()), default=0)
+    if kind in get_args(Kind) and len(content) > _MOST_CHARACTERS + longest:
+        return None
     match kind:
         case "number":
             number = parse_number(content)
@@ -66,48 +90,90 @@ def _read_choice(content: str, choices: Mapping[str, str]) -> str | None:
     """A bare label, a label with its own text, a text, a label with free text: in this order.
 
     The text comes before the last, because "C. difficile" names an organism before it names C.
+    All is tried with its `$` first, because "$5" is an amount before it is the label 5.
     """
+    for peeled, compared in _READINGS:
+        label, text = _label_and_text(peeled(content), choices)
+        if label is not None and (not text or _folded(text) == _folded(choices[label])):
+            return label
+        if matching := _labels_of_text(compared(content), choices, compared):
+            return matching[0] if len(matching) == 1 else None
+    return None if label is None or _names_another(text, label, choices) else label
+
+
+def _with_dollars(content: str) -> str:
+    return peel(content, keep_dollar=True)
+
+
+# How a content is peeled to find a label, and how it and the options' texts are to be compared.
+_READINGS: tuple[tuple[Callable[[str], str], Callable[[str], str]], ...] = (
+    (_with_dollars, str.strip),
+    (_with_dollars, _with_dollars),
+    (peel, peel),
+)
+
+
+def _label_and_text(bare: str, choices: Mapping[str, str]) -> tuple[str | None, str]:
+    """The label that `bare` is or begins with, and the text after it: "" where it is the whole."""
     labels = {label.casefold(): label for label in choices}
-    bare = peel(content)
     unnamed = peel(_OPTION.sub("", bare, count=1)) if _OPTION.match(bare) else bare
-    if (single := _LABEL.fullmatch(unnamed)) and single[1].casefold() in labels:
-        return labels[single[1].casefold()]
-    labelled = _LABEL_AND_TEXT.fullmatch(unnamed)
-    label = labels.get(labelled[1].casefold()) if labelled else None
-    text = labelled[2] if labelled else ""
-    if label is not None and _folded(text) == _folded(choices[label]):
-        return label
-    matching = _labels_of_text(content, choices)
-    if matching:
-        return matching[0] if len(matching) == 1 else None
-    return None if label is None or _names_another(text, label, labels) else label
+    found = _LABEL.fullmatch(unnamed) or _LABEL_AND_TEXT.fullmatch(unnamed)
+    if found is None:
+        return None, ""
+    text = found[2] if found.re is _LABEL_AND_TEXT else ""
+    return labels.get(found[1].casefold()), text
 
 
-def _labels_of_text(content: str, choices: Mapping[str, str]) -> list[str]:
-    """The labels whose text is `content`: as it stands, or else with both of them peeled."""
-    plain = content.strip().casefold()
-    verbatim = [label for label, text in choices.items() if text.strip().casefold() == plain]
-    folded = _folded(content)
-    return verbatim or [
-        label for label, text in choices.items() if folded and _folded(text) == folded
-    ]
+def _labels_of_text(
+    text: str, choices: Mapping[str, str], compared: Callable[[str], str]
+) -> list[str]:
+    """The labels whose text is `text`, which is `compared` already, but for case and spaces."""
+    folded = _fold(text)
+    return [label for label, own in choices.items() if folded and _fold(compared(own)) == folded]
+
+
+def _fold(text: str) -> str:
+    return " ".join(text.casefold().split())
 
 
 def _folded(text: str) -> str:
-    return " ".join(peel(text).casefold().split())
+    return _fold(peel(text))
 
 
-def _names_another(text: str, label: str, labels: Mapping[str, str]) -> bool:
-    """Whether a second label is in `text`; a lower-case letter is a word there, as in "a dog"."""
-    whole = labels.get(peel(text).casefold())
-    standing = re.findall(r"(?<!\w)(?:([A-Z0-9])(?!\w)|([a-z])\))", text)
-    named = {labels.get((upper or lower).casefold()) for upper, lower in standing}
-    return bool((named | {whole}) - {label, None})
+def _names_another(text: str, label: str, choices: Mapping[str, str]) -> bool:
+    """Whether free text after `label` names a second option, by its label or by its text.
+
+    The label's own text may hold another's, and if all of the text is another's the label counts.
+    """
+    own, whole = _folded(choices[label]), _folded(text)
+    rest = _words(own).sub(" ", text) if own else text
+    others = {other.casefold(): _folded(choices[other]) for other in choices if other != label}
+    if others.keys() & {whole, *(found[0].casefold() for found in _STANDING.finditer(rest))}:
+        return True
+    return whole not in others.values() and any(
+        _words(option).search(rest if _words(option).search(own) else text)
+        for option in others.values()
+        if option
+    )
+
+
+def _words(folded: str) -> re.Pattern[str]:
+    """A pattern for a text as whole words, with any spaces between them; "5" is not in "1.5"."""
+    spaced = r"\s+".join(map(re.escape, folded.split()))
+    return re.compile(rf"(?<!\w)(?<![0-9][.,]){spaced}(?!\w)(?![.,][0-9])", re.IGNORECASE)
 
 
 def _read_boolean(content: str) -> str | None:
     words = peel(content)
     yes, no = _YES.search(words), _NO.search(words)
-    if bool(yes) == bool(no) or _NEGATED.search(words):
+    if bool(yes) == bool(no) or any(map(_is_negated, _CLAUSE_END.split(words))):
         return None
     return "yes" if yes else "no"
+
+
+def _is_negated(clause: str) -> bool:
+    """Whether a "not" stands before the answer: "No, it is not" is a no all the same."""
+    negation = _NEGATION.search(clause)
+    return negation is not None and any(
+        answer.search(clause, negation.end()) for answer in (_YES, _NO)
+    )

@@ -9,6 +9,9 @@ from typing import Any
 from cluster.errors import BadInputError, remote_code_error
 
 _PROBE_QUESTION, _PROBE_ANSWER = "Question?", "Answer"
+# What templates such as Llama 3.2's are told for today's date. With the true one a prompt would be
+# another prompt each day: nothing that was sampled would be found, and no run could go on.
+_TODAY = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}"
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ def load_chat(
 ) -> Chat:
     """The chat of a model folder; `chat_template`, a Jinja text, comes before the tokenizer's own.
 
+    A template that asks for today's date gets the same one every day.
     Raises BadInputError where there is no template at all, or no tokenizer that can be read.
     """
     tokenizer = _load_tokenizer(model_folder, trust_remote_code)
@@ -116,7 +120,8 @@ def load_chat(
             f"{model_folder} has no chat template: set chat_template in its section, to the path "
             "of a Jinja file"
         )
-    return Chat(tokenizer, template)
+    dated = "strftime_now" in template and not template.startswith(_TODAY)
+    return Chat(tokenizer, _TODAY + template if dated else template)
 
 
 def _load_tokenizer(model_folder: Path, trust_remote_code: bool) -> Any:

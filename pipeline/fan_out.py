@@ -1,7 +1,6 @@
 """Ray Data fans rows out over a pool of engines, or over actors that hold a model themselves."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -58,7 +57,7 @@ def _run(
     ray.data.DataContext.get_current().raise_original_map_exception = True
     size = engines.batch_rows
     blocks = [
-        pa.Table.from_pylist([asdict(row) for row in rows[start : start + size]])
+        pa.Table.from_pylist([vars(row) for row in rows[start : start + size]])
         for start in range(0, len(rows), size)
     ]
     answered: Any = ray.data.from_arrow(blocks).map_batches(

@@ -3,7 +3,7 @@
 import re
 from fractions import Fraction
 
-from pipeline.boxed import peel
+from pipeline.boxed import QUANTITY, peel
 
 # A degenerate model fills a box with digits; beyond these it is noise, and exact arithmetic on it
 # would take forever.
@@ -31,10 +31,15 @@ _UNIT_SIGNS = frozenset(" %°'\"()./-" + _CURRENCIES)
 _UNIT_EXPONENT = re.compile(r"(?<=[^\W\d_])\^\s*\{?[23]\}?")
 # What changes the value, or stands for an unknown, is no unit.
 _NO_UNIT = re.compile(
-    r"\s*(?:-|[xyzπ]\b|(?:.*\b)?(?:hundred|thousand|k|million|billion|trillion|pi|or|and an?|half"
-    r"|halves|thirds?)\b)",
+    rf"^\s*(?:-|to\b|squared\b|cubed\b|[xyzπ]+\b)|\b(?:{QUANTITY}|pi|or|and an?)\b",
     re.IGNORECASE,
 )
+# One letter at the digits is a unit or an unknown ("2n", "3a"); apart from them, or with more words
+# after it, it may count thousands ("5 M", "50K people").
+_NO_UNIT_LETTER = re.compile(
+    r"[^\W\d_mgshlLAVWNKCF](?![^\W\d_])|\s*(?:[knMB]|MM|a$|K(?=\s*\w))(?!\w)"
+)
+_MONEY_LETTER = re.compile(r"\s*[^\W\d_aA](?!\w)")  # "$5m", but "$5 a day"
 
 
 def parse_number(content: str) -> Fraction | None:
@@ -51,6 +56,8 @@ def parse_number(content: str) -> Fraction | None:
     assert sign is not None  # every part of it may be empty
     found = _leading_value(text[sign.end() :])
     if found is None or not _is_unit(found[1]):
+        return None
+    if _is_money(content) and _MONEY_LETTER.match(found[1]):
         return None
     return -found[0] if sign[1] == "-" else found[0]
 
@@ -88,4 +95,9 @@ def _is_unit(rest: str) -> bool:
     """Whether what follows a number only names what is counted: any digit in it says no."""
     letters = _UNIT_EXPONENT.sub("", rest)
     named = all(sign in _UNIT_SIGNS or sign.isalpha() for sign in letters)
-    return named and _NO_UNIT.match(letters) is None
+    return named and not _NO_UNIT.search(letters) and not _NO_UNIT_LETTER.match(letters)
+
+
+def _is_money(content: str) -> bool:
+    """Whether a currency is in `content`: a `$` that has no partner, or any other sign of one."""
+    return content.count("$") % 2 == 1 or any(sign in content for sign in _CURRENCIES[1:])

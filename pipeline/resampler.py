@@ -131,8 +131,8 @@ class MixedPolicyResampler:
                 Anchor(name, text.key, found.model, found.logp, found.tokens)
                 for text, found in scores.items()
             ]
-        storage.write_table(to_table(Anchor, anchors), self._run.scores(epoch))
-        mark(self._run.scores(epoch))
+        target = self._run.scores(epoch)
+        mark(target, storage.write_table(to_table(Anchor, anchors), target))
 
     def _draws_from_latest(self, epoch: int) -> bool:
         phi = self._config.pairs.phi_in(epoch)

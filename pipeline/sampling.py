@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from cluster.config import RunConfig
-from cluster.digests import digest_file, digest_text
+from cluster.digests import digest_text
 from cluster.progress import progress
 from cluster.sections import Model
 from pipeline.chat import Chat, load_chat
@@ -21,6 +21,9 @@ from pipeline.pool import ensure_engines
 from pipeline.rows import Kind, Prompt, Sample
 from pipeline.store import SampleStore
 from pipeline.tasks import user_message, worked_examples
+
+# Of a model's configuration, what no engine is built by.
+_NO_SHAPES = frozenset({"_name_or_path", "dtype", "torch_dtype", "transformers_version"})
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def make_writer(name: str, reference: str, section: Model, config: RunConfig, ki
         weights=Weights(
             reference=reference,
             digest=model_digest(folder),
-            architecture=_architecture(folder, chat),
+            architecture=_architecture(folder, chat, section.trust_remote_code),
             dtype=section.dtype,
             trust_remote_code=section.trust_remote_code,
         ),
@@ -63,10 +66,15 @@ def make_writer(name: str, reference: str, section: Model, config: RunConfig, ki
     )
 
 
-def _architecture(folder: Path, chat: Chat) -> str:
+def _architecture(folder: Path, chat: Chat, trusted: bool) -> str:
     """What an engine keeps when it reloads weights: shapes, and the tokenizer for its answers."""
+    from transformers import AutoConfig
+
+    # As it is read: the file of a checkpoint and that of the hub say the same in other words.
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted).to_dict()
+    shapes = sorted((name, repr(config[name])) for name in config.keys() - _NO_SHAPES)
     vocabulary = digest_text(repr(sorted(chat.tokenizer.get_vocab().items())))
-    return digest_text(digest_file(folder / "config.json"), vocabulary)
+    return digest_text(repr(shapes), vocabulary)
 
 
 def plan_requests(

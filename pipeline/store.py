@@ -46,9 +46,9 @@ class _Store(Generic[Stored]):
             return
         folder = self._folder(table["model"][0].as_py())
         path = folder / f"{uuid.uuid4().hex}.parquet"
-        write_table(table, path)
+        content = write_table(table, path)
         _ledger(folder).add(path.name)
-        mark(path)
+        mark(path, content)
 
     def keys(self, model: str) -> set[str]:
         """Keys of all rows that `model` has."""
@@ -79,9 +79,11 @@ class _Store(Generic[Stored]):
     def _tables(self, model: str, columns: list[str] | None) -> Iterator[pa.Table]:
         folder = self._folder(model)
         paths = [folder / name for name in _names(folder)]
+        read, at_once = partial(self._table, columns=columns), 4 * _READERS
         with ThreadPoolExecutor(_READERS) as readers:
-            tables = readers.map(partial(self._table, columns=columns), paths)
-            yield from (table for table in tables if table is not None)
+            for start in range(0, len(paths), at_once):  # the pool would run ahead through all
+                tables = readers.map(read, paths[start : start + at_once])
+                yield from (table for table in tables if table is not None)
 
     def _table(self, path: UPath, columns: list[str] | None) -> pa.Table | None:
         try:

@@ -96,8 +96,8 @@ class Traces:
             choose_grader(config.task, self._store),
         )
         figures = describe_traces(traces)
-        storage.write_table(to_table(Trace, traces), self._run.completions(source.name))
-        mark(self._run.completions(source.name))
+        target = self._run.completions(source.name)
+        mark(target, storage.write_table(to_table(Trace, traces), target))
         record = self._run.record_ahead if source.first else self._run.record
         record(stage="sample", model=source.name, epoch=source.epoch, **figures)
         say(f"{source.name}: {summary(figures)}")

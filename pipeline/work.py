@@ -61,7 +61,7 @@ def resampled_epochs(config: RunConfig) -> list[int]:
 
 def asks_engines_while_training(config: RunConfig) -> bool:
     """Whether engines sample or score between two epochs, beside trainers that hold their place."""
-    scores = bool(config.scored_by) and config.scoring.engine == "vllm"
+    scores = bool(config.scored_by)
     samples = bool(resampled_epochs(config)) or base_rounds(config) > 1
     return config.training.epochs > 1 and (scores or samples)
 

@@ -153,7 +153,7 @@ def model_of_section(model_id: str, section: Model) -> ServedModel:
         reference=section.model,
         digest=model_digest(folder),
         dtype=section.dtype,
-        chat_template=section.chat_template,
+        chat_template=None if chat.template == chat.tokenizer.chat_template else chat.template,
         trust_remote_code=section.trust_remote_code,
         stop=section.stop,
         stop_token_ids=(chat.end_of_turn_id,),

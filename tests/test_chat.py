@@ -76,3 +76,13 @@ def test_models_are_compared_by_token_only_with_one_tokenizer(tiny_llama, tmp_pa
     foreign.save_pretrained(tmp_path)
     with pytest.raises(BadInputError, match=r"another tokenizer .*dadpo"):
         check_same_tokenizer(load_chat(tmp_path), chat)
+
+
+def test_a_template_that_asks_for_the_date_renders_alike_on_every_day(tiny_llama, monkeypatch):
+    template = load_chat(tiny_llama).template
+    dated = "{{ strftime_now('%d %b %Y') }}" + template
+    chat = load_chat(tiny_llama, dated)
+    assert chat.texts_of([chat.prompt_ids("hi")])[0].startswith("26 Jul 2024")
+    again = load_chat(tiny_llama, chat.template)  # as a checkpoint has it
+    assert again.template == chat.template
+    assert load_chat(tiny_llama).template == template

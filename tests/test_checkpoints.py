@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from cluster.sections import Model
 from pipeline.chat import load_chat
+from pipeline.sampling import make_writer
 from training.checkpoints import write_checkpoint
 
 CODE = """
@@ -81,3 +83,25 @@ def test_sampling_options_without_do_sample_are_saved_with_it(tiny_llama, tmp_pa
 def test_generation_options_that_cannot_be_saved_are_left_out(tiny_llama, tmp_path):
     saved = generation_config_of_checkpoint(tiny_llama, tmp_path, {"length_penalty": 2.0})
     assert "length_penalty" not in saved
+
+
+def test_a_checkpoint_loads_into_the_engine_of_a_base_model_from_the_hub(
+    tiny_llama, tmp_path, config_of
+):
+    """Whose config.json was written by another version of transformers."""
+    base, target = tmp_path / "hub", tmp_path / "checkpoint"
+    shutil.copytree(tiny_llama, base)
+    config = json.loads((base / "config.json").read_text())
+    config |= {"torch_dtype": config.pop("dtype"), "transformers_version": "4.35.0"}
+    (base / "config.json").write_text(json.dumps(config))
+    target.mkdir()
+    write_checkpoint(target, base, load_file(base / "model.safetensors"), load_chat(base))
+
+    def architecture(folder, **changed):
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+        section = Model(model=str(folder))
+        return make_writer("", str(folder), section, config_of(), "number").weights.architecture
+
+    assert architecture(base) == architecture(target)
+    assert architecture(base) != architecture(target, rms_norm_eps=1e-3)

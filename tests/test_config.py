@@ -16,6 +16,24 @@ MINIMAL = {
     "teacher": {"model": "org/teacher"},
     "student": {"model": "org/student"},
 }
+# What may not change within a run, by section; lora, endpoint and examples where they are given.
+RECIPE_FIELDS = {
+    "": "base_student further_teachers",
+    "run.": "seed",
+    "task.": "name data train_prompts validation_prompts test_prompts largest_operand verdict",
+    "teacher.": "model chat_template dtype stop trust_remote_code traces_per_prompt",
+    "teacher.endpoint.": "url",
+    "teacher.few_shot[0].": "question answer",
+    "student.": "model chat_template dtype stop trust_remote_code",
+    "sampling.": "samples temperature top_p max_new_tokens max_rouge_l",
+    "pairs.": "phi phi_schedule negatives negatives_from base draw positives_per_prompt",
+    "training.": "method odds_ratio_weight odds_gradient_cap reference_weight teacher_weight "
+    "desirable_weight undesirable_weight kl_weight kl_direction nll_scope nll_reduction epochs "
+    "steps_per_epoch learning_rate warmup_share final_rate_share betas weight_decay gradient_clip "
+    "global_batch max_length precision",
+    "training.lora.": "rank alpha dropout",
+    "evaluation.": "max_new_tokens",
+}
 RECIPES = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
 
@@ -203,12 +221,17 @@ def test_a_missing_file_is_refused(tmp_path):
 
 
 def test_recipe_fields_are_told_from_execution_fields(config_file):
-    recipe = recipe_of(load_config(config_file))
-    assert {"run.seed", "training.learning_rate", "teacher.few_shot", "training.lora"} <= set(
-        recipe
-    )
-    assert not {"run.folder", "run.store", "training.workers", "training.micro_batch"} & set(recipe)
-    assert not any(name.startswith(("cluster.", "engines.", "serving.")) for name in recipe)
+    given = [
+        "training.lora={}",
+        "teacher.endpoint={url: 'http://x/v1'}",
+        "teacher.few_shot=[{question: q, answer: a}]",
+    ]
+    recipe = recipe_of(load_config(config_file, given))
+    expected = {f"{part}{name}" for part, names in RECIPE_FIELDS.items() for name in names.split()}
+    assert recipe.keys() == expected
+    assert {"teacher.few_shot", "teacher.endpoint", "training.lora"} <= recipe_of(
+        load_config(config_file)
+    ).keys()
 
 
 def test_one_greedy_sample_a_prompt_is_allowed(config_file):
@@ -222,6 +245,20 @@ def test_what_makes_an_answer_right_is_part_of_the_recipe(config_file):
     recipe = recipe_of(load_config(config_file, [f"task.verdict={verdict}"]))
     assert (recipe["task.verdict.by"], recipe["task.verdict.model"]) == ("judge", "m")
     assert not {"task.verdict.url", "task.verdict.concurrency"} & set(recipe)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "names"),
+    [
+        ("{by: function, function: 'a.py:f'}", "by function"),
+        ("{by: unit_tests}", "by time_limit_s memory_limit_mib"),
+        ("{by: judge, url: 'http://x/v1', model: m}", "by model template max_new_tokens"),
+    ],
+)
+def test_what_a_verdict_goes_by_is_part_of_the_recipe(config_file, verdict, names):
+    recipe = recipe_of(load_config(config_file, [f"task.verdict={verdict}"]))
+    found = {name for name in recipe if name.startswith("task.verdict")}
+    assert found == {f"task.verdict.{name}" for name in names.split()}
 
 
 def test_lora_is_part_of_the_recipe(config_file):

@@ -56,6 +56,16 @@ class Cluster:
         return there, [group for group in groups if group not in there]
 
 
+class OnePair(list):
+    """The examples of an epoch."""
+
+    def __init__(self):
+        super().__init__([0])
+
+    def batch(self, indices):
+        return [self[index] for index in indices]
+
+
 @pytest.fixture
 def cluster(monkeypatch):
     cluster = Cluster()
@@ -172,7 +182,7 @@ class Announced:
         made.log = MagicMock()
         made.looked_at = 0.0
         made.stepper = SimpleNamespace(take=lambda *_: (wishes, {}))
-        made._examples = lambda epoch: [0]
+        made._examples = lambda epoch: OnePair()
         made._wishes = lambda: None
         made._save = lambda: self.saved.append(made.step)
         self.worker = made

@@ -95,8 +95,16 @@ def test_the_cap_is_finite_at_certainty():
     chosen, rejected = _tensor(-1.0, torch.float32), torch.zeros(1, requires_grad=True)
     gradient = rejected_gradient(chosen, rejected)
     odds_ratio_loss(chosen, cap_gradient(rejected, gradient, cap=5.0)).backward()
-    assert rejected.grad.abs().item() <= 5
-    assert 5 < gradient.item() < math.inf
+    assert rejected.grad.item() == gradient.item() == 1, "log(1 - P) is clamped, its slope is 0"
+
+
+@pytest.mark.parametrize("certain", [-2e-12, -1e-9, -2e-8])
+def test_the_cap_is_what_flows_back_through_near_certain_negatives(certain):
+    chosen = _tensor(-1.0, torch.float32)
+    rejected = _tensor(certain, torch.float32, requires_grad=True)
+    capped = cap_gradient(rejected, rejected_gradient(chosen, rejected), cap=5.0)
+    odds_ratio_loss(chosen, capped).backward()
+    assert rejected.grad.item() == pytest.approx(5)
 
 
 def test_figures_are_detached_and_about_each_pair():

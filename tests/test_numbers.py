@@ -112,6 +112,63 @@ def test_numbers(content, answer):
     assert extract_answer(f"so \\boxed{{{content}}}", "number") == answer
 
 
+# What follows a number and changes it, or makes it another.
+CHANGES = (
+    """
+hundreds, thousands, thousand, millions, billions, trillion, dozen, dozens, score, tens, bn, mn
+lakh, lakhs, crore, thirds, fourths, fifths, sixth, sevenths, eighths, ninths, tenths, twelfths
+twentieths, hundredths, thousandths, millionths, quarter, quarters, half, halves, doubled
+squared, cubed, plus, minus, times, times as many, plus tax, to twenty, apples or six
+people minus two, point five, over four, million dollars, tenths of a mile, K people
+M, B, MM, k, n, a, x
+""".strip()
+    .replace("\n", ", ")
+    .split(", ")
+)
+
+
+@pytest.mark.parametrize("words", CHANGES)
+def test_a_word_that_changes_a_number_is_no_unit(words):
+    for content in (f"18 {words}", f"18\\text{{ {words}}}", f"-$18 {words}", f"3/4 {words}."):
+        assert extract_answer(f"so \\boxed{{{content}}}", "number") is None
+
+
+LETTERS = (
+    r"5M, 5B, 5k, 2n, 3a, 5j, 3x, 3xy, 2n^2, 5bn, 5mn, 5\text{M}, 5K people, "
+    r"$5m, \$5m, $\$5m$, £3m, $50K, $5 m, €5 M"
+)
+
+
+@pytest.mark.parametrize("content", LETTERS.split(", "))
+def test_a_letter_that_may_be_an_unknown_or_a_magnitude_is_no_unit(content):
+    assert extract_answer(f"\\boxed{{{content}}}", "number") is None
+
+
+UNITS = (
+    """
+apples, km, hours, %, °C, seconds, minutes, months, quarts, points, degrees, percent, J, T, kg, m/s
+m^2, cm squared, tenants, teenagers, pens and pencils, pairs of socks, a day, cents per pound
+""".strip()
+    .replace("\n", ", ")
+    .split(", ")
+)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_units_are_left_out(unit):
+    assert extract_answer(f"\\boxed{{12 {unit}}}", "number") == "12"
+
+
+@pytest.mark.parametrize("unit", [*"mgshlLAVWNKCF%", "km", "kg", "mL", "m/s", "m^2", r"\text{ m}"])
+def test_units_may_touch_the_digits(unit):
+    assert extract_answer(f"\\boxed{{5{unit}}}", "number") == "5"
+
+
+@pytest.mark.parametrize("content", ["$5m$", "$5 a day", "$5/h", "$5 per h"])
+def test_a_letter_need_not_be_a_magnitude(content):
+    assert extract_answer(f"\\boxed{{{content}}}", "number") == "5"
+
+
 @settings(deadline=None)
 @given(strategies.fractions(max_denominator=10**6))
 def test_every_fraction_is_read_back(value):

@@ -34,6 +34,8 @@ def _pairs(count=8):
 
     def pair(n):
         anchors = Anchors(*(-10 * torch.rand(5, generator=random).double()).tolist())
+        # So unlikely that KTO's estimate of the KL is above 0, where it counts.
+        anchors = replace(anchors, reference_unrelated=-60 - n)
         rejected = None if n in (2, 5) else ids(2, 12)
         return TokenPair(f"p{n}", ids(4, 9), ids(2, 12), rejected, 0, ids(2, 6), anchors)
 
@@ -148,6 +150,7 @@ def test_ktos_estimate_is_at_work_and_never_below_0(model):
     losses = [_run(model, pairs, KTO)[0]["loss"] for pairs in (low, high, at_zero)]
     assert losses[0] != pytest.approx(losses[1])
     assert losses[1] == losses[2], "both estimates are below 0"
+    assert losses[1] != pytest.approx(_run(model, _pairs(), KTO)[0]["loss"]), "the tests' is not"
 
 
 def test_without_training_dpo_is_at_log_2(model):
@@ -171,7 +174,7 @@ def test_without_training_dpo_is_at_log_2(model):
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
 def test_the_kl_is_torchs_own_on_chosen_answers(model, teacher, direction):
     training = Training(method="sft", kl_weight=0.3, kl_direction=direction)
-    pairs = _pairs()
+    pairs = [replace(pair, for_teacher=[7, 8, *pair.prompt]) for pair in _pairs()]
     figures, _ = _run(model, pairs, training, teacher=teacher)
     model.zero_grad()
     plain, _ = _run(model, pairs, Training(method="sft"))
@@ -180,6 +183,7 @@ def test_the_kl_is_torchs_own_on_chosen_answers(model, teacher, direction):
     for pair in pairs:
         ids, size = torch.tensor([pair.prompt + pair.chosen]), len(pair.chosen)
         student = torch.log_softmax(model(input_ids=ids).logits[0, -size - 1 : -1], -1)
+        ids = torch.tensor([pair.for_teacher + pair.chosen])
         aimed = torch.log_softmax(teacher.model(input_ids=ids).logits[0, -size - 1 : -1], -1)
         target, given = (aimed, student) if direction == "reverse" else (student, aimed)
         kl = torch.nn.functional.kl_div(target, given, reduction="sum", log_target=True) / size

@@ -17,7 +17,7 @@ from cluster.progress import Board, progress, say
 @pytest.fixture
 def screen(monkeypatch):
     stream = io.StringIO()
-    monkeypatch.setattr(module, "_console", Console(file=stream, highlight=False, width=200))
+    monkeypatch.setattr(module.console(), "_file", stream)  # None: the stdout of the day
     return stream
 
 
@@ -47,8 +47,8 @@ def test_no_number_is_cut_on_a_terminal_of_80_columns(monkeypatch):
 
 
 def test_text_is_never_markup(screen):
-    say("[red]a trace[/red]")
-    assert screen.getvalue() == "[red]a trace[/red]\n"
+    say("[red]a trace[/red] in runs/m:100:q8")
+    assert screen.getvalue() == "[red]a trace[/red] in runs/m:100:q8\n"
 
 
 def test_a_board_gives_what_is_new_once_in_the_order_of_time():

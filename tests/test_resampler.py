@@ -13,9 +13,11 @@ from pipeline.resampler import MixedPolicyResampler
 from pipeline.rows import Pair, Sample, from_table
 from pipeline.sampling import plan_requests
 from pipeline.store import SampleStore
+from pipeline.tasks import user_message
 from pipeline.traces import base_student, student, teacher
 
 RIGHT, WRONG = "It is \\boxed{%s}.", "It is %d, so \\boxed{-1}."
+UNPARSED = "I gave up after %d tries."
 EXAMPLE = {"question": "How many are two pens?", "answer": "\\boxed{2}"}
 
 
@@ -39,13 +41,13 @@ def resampler(tiny_llama, tmp_path, request):
     return resampler
 
 
-def fill(resampler, source, right):
+def fill(resampler, source, right, otherwise=WRONG):
     writer = resampler._traces.writer(source)
     golds = {prompt.prompt_id: prompt.gold for prompt in resampler._prompts}
     store = SampleStore(location(resampler._config.run.store))
     for request in plan_requests(writer, resampler._prompts, 4, 0, source.first):
         index = request.sample_index
-        text = RIGHT % golds[request.prompt_id] if right and index % 2 else WRONG % index
+        text = RIGHT % golds[request.prompt_id] if right and index % 2 else otherwise % index
         row = (request.key, request.prompt_id, index, writer.weights.digest)
         store.write([Sample(*row, f"{source.name} {text}", "stop", 3)])
 
@@ -61,6 +63,31 @@ def test_negatives_are_the_students(resampler):
     assert len(pairs) == 5 * 2, "two right traces of each prompt"
     assert all(pair.chosen.startswith("teacher") for pair in pairs)
     assert all(pair.rejected.startswith("student_000") for pair in pairs)
+
+
+@pytest.mark.parametrize("resampler", [{"phi": 0}], indirect=True)
+def test_worked_examples_are_for_the_teacher_alone(resampler):
+    writer, config = resampler._traces.writer, resampler._config
+    assert len(writer(teacher("teacher", config)).few_shot) == 1
+    assert writer(base_student(1, config)).few_shot == ()
+    messages = {prompt.prompt_id: user_message(prompt) for prompt in resampler._prompts}
+    pairs = pairs_of(resampler, 1)
+    assert {pair.prompt_id: pair.prompt for pair in pairs} == messages
+
+
+@pytest.mark.parametrize(
+    ("resampler", "negatives"),
+    [
+        ({"phi": 0, "base": "fresh", "negatives": "wrong"}, 0),
+        ({"phi": 0, "base": "fresh", "negatives": "wrong_or_unparsed"}, 10),
+    ],
+    indirect=["resampler"],
+)
+def test_unparsed_traces_are_negatives_where_the_recipe_says_so(resampler, negatives):
+    fill(resampler, base_student(2, resampler._config), right=False, otherwise=UNPARSED)
+    rejected = [pair.rejected for pair in pairs_of(resampler, 2)]
+    assert len(rejected) == 5 * 2
+    assert sum(text is not None for text in rejected) == negatives
 
 
 @pytest.mark.parametrize("resampler", [{"phi_schedule": [0.5, 0.5, 0]}], indirect=True)

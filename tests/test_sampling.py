@@ -44,6 +44,41 @@ def full_store(config, writer, prompts):
     return store
 
 
+def keys_of(writer, prompts, samples=2, seed=0):
+    return {request.key for request in plan_requests(writer, prompts, samples, seed)}
+
+
+@pytest.mark.parametrize(
+    ("path", "change"),
+    [
+        ("decoding.temperature", lambda temperature: temperature / 2),
+        ("decoding.top_p", lambda share: share / 2),
+        ("decoding.max_new_tokens", lambda tokens: tokens + 1),
+        ("decoding.stop", lambda stop: (*stop, "Question:")),
+        ("decoding.end_of_turn_id", lambda token: token + 1),
+        ("weights.dtype", lambda _: "float32"),
+        ("weights.digest", lambda _: "of another model"),
+        ("chat.template", lambda template: template + "{# which writes the same #}"),
+        ("few_shot", lambda _: (("How many are two pens?", "\\boxed{2}"),)),
+    ],
+)
+def test_what_shapes_a_sample_is_in_its_key(writer, prompts, path, change):
+    part, _, name = path.rpartition(".")
+    whole = getattr(writer, part) if part else writer
+    other = replace(whole, **{name: change(getattr(whole, name))})
+    other = replace(writer, **{part: other}) if part else other
+    assert keys_of(other, prompts).isdisjoint(keys_of(writer, prompts))
+
+
+def test_prompt_and_seed_are_in_a_key_and_the_number_of_samples_is_not(writer, prompts):
+    keys = keys_of(writer, prompts)
+    assert len(keys) == 4 * 2
+    assert keys < keys_of(writer, prompts, samples=3)
+    assert keys.isdisjoint(keys_of(writer, prompts, seed=1))
+    asked_otherwise = [replace(prompt, question=f"{prompt.question} ") for prompt in prompts]
+    assert keys.isdisjoint(keys_of(writer, asked_otherwise))
+
+
 def test_a_full_store_answers_in_order_of_prompt_and_sample(config, writer, prompts, full_store):
     found = sample(writer, prompts, config, full_store, on_gpu=False)
     expected = [(prompt.prompt_id, index) for prompt in prompts for index in range(2)]

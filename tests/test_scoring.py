@@ -99,6 +99,20 @@ def test_the_teachers_worked_examples_belong_to_its_prompt(config):
     assert "two pens" in reader.chat.tokenizer.decode(request.prompt_ids)
 
 
+def test_what_shapes_a_score_is_in_its_key(reader):
+    (text, cut) = answered("He has 3.")
+    others = [
+        replace(reader, weights=replace(reader.weights, dtype="bfloat16")),
+        replace(reader, weights=replace(reader.weights, digest="of another model")),
+        replace(reader, few_shot=(("How many are two cups?", "\\boxed{2}"),)),
+    ]
+    keys = [plan_scores(each, [text])[text].key for each in (reader, reader, *others)]
+    keys.append(plan_scores(reader, [cut])[cut].key)
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 5
+    assert text.key != cut.key
+
+
 def test_nothing_is_scored_twice(reader, config, store, passes):
     first = score(reader, TEXTS[:2], config, store, on_gpu=False)
     both = score(reader, [*TEXTS, *TEXTS], config, store, on_gpu=False)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -65,3 +66,30 @@ def test_the_verdict_is_that_of_the_command(chats, monkeypatch):
     assert (result["task"], result["n"], result["accuracy"]) == ("chat", 4, 0.75)
     assert result["standard_error"] == pytest.approx(0.2165064)  # sqrt(0.75 * 0.25 / 4)
     assert not (chats / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "asked"),
+    [
+        ("http://127.0.0.1:9", "http://127.0.0.1:9/v1"),
+        ("http://127.0.0.1:9/v1/", "http://127.0.0.1:9/v1"),
+        ("https://host/v1beta/openai/", "https://host/v1beta/openai"),
+    ],
+)
+def test_a_url_with_a_path_is_taken_as_it_is(chats, monkeypatch, given, asked):
+    def chat_all(endpoint, requests, on_reply):
+        assert endpoint.url == asked
+        for position in range(len(requests)):
+            on_reply(position, ChatReply("0", "stop", 5, 1))
+
+    monkeypatch.setattr("evals.accuracy.chat_all", chat_all)
+    verdict = f"{{by: function, function: '{chats / 'mine.py'}:same'}}"
+    assert evaluate_model(replace(wanted(chats, verdict), model=given))["n"] == 4
+
+
+def test_a_context_that_the_model_does_not_have_is_refused(chats, tiny_llama, monkeypatch):
+    monkeypatch.setattr("evals.single.refuse_taken_port", lambda host, port: None)
+    verdict = f"{{by: function, function: '{chats / 'mine.py'}:same'}}"
+    long = replace(wanted(chats, verdict), model=str(tiny_llama), max_new_tokens=5000)
+    with pytest.raises(BadInputError, match="5000 leaves no room for a prompt in the 512 tokens"):
+        evaluate_model(long)

@@ -39,16 +39,13 @@ def run(tmp_path):
             write_table(TABLE, location(str(folder / "pairs.parquet")))
         with publishing(run.checkpoint(epoch)) as folder:
             (folder / "model.safetensors").write_bytes(bytes(1000))
-        write_table(TABLE, run.scores(epoch))
-        mark(run.scores(epoch))
+        mark(run.scores(epoch), write_table(TABLE, run.scores(epoch)))
     for name in ("base_test", "teacher_test"):
         result = run.evaluation(name)
-        write_json(result, {"accuracy": 0.755})
-        write_table(TABLE, result.with_suffix(".parquet"))
-        mark(result)
-        mark(result.with_suffix(".parquet"))
-    write_table(TABLE, run.completions("teacher"))
-    mark(run.completions("teacher"))
+        mark(result, write_json(result, {"accuracy": 0.755}))
+        answers = result.with_suffix(".parquet")
+        mark(answers, write_table(TABLE, answers))
+    mark(run.completions("teacher"), write_table(TABLE, run.completions("teacher")))
     return run
 
 

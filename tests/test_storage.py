@@ -75,10 +75,10 @@ def test_a_damaged_download_is_refused(source, tmp_path):
 def test_a_bucket_that_gives_back_other_bytes_is_not_believed(source, monkeypatch):
     target = location(f"memory://{uuid.uuid4().hex}/target")
 
-    def garble(reader, writer, size):
-        writer.write(reader.read().upper())
+    def garble(fs, ours, theirs):
+        fs.pipe_file(theirs, Path(ours).read_bytes().upper())
 
-    monkeypatch.setattr("shutil.copyfileobj", garble)
+    monkeypatch.setattr(type(target.fs), "put_file", garble)
     with pytest.raises(RunError, match=r"a.txt does not give back what was written"):
         publish_folder(source, target)
     assert not is_published(target)

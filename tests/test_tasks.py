@@ -240,7 +240,7 @@ def test_the_largest_operand_is_for_no_problems_that_are_read(tmp_path):
     (tmp_path / "test.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}')
     mistakes = [
         ({"name": "sudoku"}, "'sudoku' is no task"),
-        ({"name": "gsm8k", "data": str(tmp_path / "gone.jsonl")}, "nothing is at"),
+        ({"name": "miniature"}, r"largest_operand=5 is for .*: set it to null"),
         ({"name": "gsm8k", "data": str(tmp_path)}, r"largest_operand=5 is for .*: set it to null"),
     ]
     for options, told in mistakes:

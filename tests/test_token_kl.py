@@ -189,7 +189,7 @@ def test_a_teacher_that_could_learn_makes_no_graph():
 
 
 def test_a_direction_is_one_of_two():
-    with pytest.raises(KeyError, match="backward"):
+    with pytest.raises(ValueError, match="backward"):
         position_kl(logits(1, 3), logits(1, 3), "backward")
 
 

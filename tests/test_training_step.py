@@ -244,10 +244,16 @@ def test_the_cosine_may_end_above_nothing():
     assert rates[549] == pytest.approx(0.25 + 0.75 / 2, abs=1e-3), "halfway"
 
 
-@pytest.mark.parametrize("warmup_share", [0.0, 1.0])
-def test_the_rate_at_the_ends_of_warmup(warmup_share):
+@pytest.mark.parametrize(
+    ("warmup_share", "expected"),
+    [
+        (0.0, [0.9045, 0.6545, 0.3455, 0.0955]),  # (1 + cos(36, 72, 108, 144 degrees)) / 2
+        (1.0, [0.25, 0.5, 0.75, 1]),
+    ],
+)
+def test_the_rate_at_the_ends_of_warmup(warmup_share, expected):
     rates = [learning_rate(step, 4, 1.0, warmup_share) for step in range(1, 5)]
-    assert all(0 < rate <= 1 for rate in rates)
+    assert rates == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("norm", [-1.0, math.inf, math.nan])

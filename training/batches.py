@@ -53,6 +53,7 @@ class TokenPair:
     cut: int = 0  # responses that max_length cut
     unrelated: list[int] | None = None  # another prompt's answer, for KTO's estimate of the KL
     anchors: Anchors = _NO_ANCHORS
+    for_teacher: list[int] | None = None  # the prompt as the teacher of a KL reads it
 
     @property
     def length(self) -> int:
@@ -88,6 +89,7 @@ def tokenize_pair(
     contrast: bool,
     unrelated: Answered | None = None,
     anchors: Anchors = _NO_ANCHORS,
+    for_teacher: list[int] | None = None,
 ) -> TokenPair:
     """Ids of a pair, each response cut so that prompt and response fit in `max_length` tokens.
 
@@ -109,7 +111,9 @@ def tokenize_pair(
     # An empty trace that was cut leaves nothing to contrast with.
     rejected = (rejected or [])[:room] or None
     other = chat.response_ids(unrelated.response, unrelated.finished)[:room] if unrelated else None
-    return TokenPair(pair.prompt_id, prompt, chosen[:room], rejected, cut, other, anchors)
+    return TokenPair(
+        pair.prompt_id, prompt, chosen[:room], rejected, cut, other, anchors, for_teacher
+    )
 
 
 def global_batches(

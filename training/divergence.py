@@ -43,6 +43,8 @@ def position_kl(
     KL(teacher || student). Neither is below 0 but by rounding. The gradient reaches the student
     alone, to the first order.
     """
+    if direction not in _DIRECTIONS:
+        raise ValueError(f"direction={direction!r}: expected one of {', '.join(_DIRECTIONS)}")
     shared = min(student_logits.shape[-1], teacher_logits.shape[-1])
     student, teacher = student_logits[..., :shared], teacher_logits[..., :shared]
     return _Divergence.apply(student, teacher.detach(), _DIRECTIONS[direction])

@@ -55,15 +55,20 @@ def rejected_gradient(chosen_mean_logp: Tensor, rejected_mean_logp: Tensor) -> T
     """What `odds_ratio_loss` sends back through each negative, detached. [B], [B] -> [B], above 0.
 
     d loss / d rejected = sigmoid(-margin) / (1 - P_rejected), which grows like 1 / |log P| for a
-    negative that the policy is sure of.
+    negative that the policy is sure of; at certainty itself, where log(1 - P) is clamped, it is
+    sigmoid(-margin).
     """
     chosen, rejected = widen(chosen_mean_logp).detach(), widen(rejected_mean_logp).detach()
     unlikely = torch.sigmoid(-odds_ratio_margin(chosen, rejected))
-    return unlikely / -torch.expm1(rejected.clamp(max=_NEAREST_TO_CERTAIN))
+    growth = 1 / -torch.expm1(rejected.clamp(max=_NEAREST_TO_CERTAIN))
+    return unlikely * growth.where(rejected <= _NEAREST_TO_CERTAIN, 1.0)
 
 
 def cap_gradient(values: Tensor, gradient: Tensor, cap: float) -> Tensor:
-    """The same values [B], through which at most `cap` of `gradient` [B] flows back for each."""
+    """The same values [B], through which at most `cap` of `gradient` [B] flows back for each.
+
+    `gradient`, above 0, is what would flow back else.
+    """
     kept = (cap / gradient).clamp(max=1)
     return values.detach() + kept * (values - values.detach())
 

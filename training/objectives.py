@@ -35,7 +35,7 @@ class PairBatch:
     contrasted: list[int]  # indices of pairs that have a negative
     rejected: list[int]  # spans of the negatives, one for each of `contrasted`
     anchors: dict[str, Tensor]  # training.batches.Anchors by name, float64 [B]
-    for_teacher: TokenBatch | None = None  # chosen answers alone, where a teacher reads along
+    for_teacher: TokenBatch | None = None  # its prompts with the chosen answers, for the KL
 
     def to(self, device: torch.device) -> "PairBatch":
         """The same batch on another device."""

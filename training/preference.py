@@ -72,7 +72,7 @@ def kto_loss(
     policy: Tensor,
     reference: Tensor,
     desirable_mask: Tensor,
-    kl_estimate: Tensor,
+    kl_estimate: Tensor | float,
     beta: float,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
@@ -84,11 +84,11 @@ def kto_loss(
     `kl_estimate`, a scalar or [1], is the mean of r over answers put to another prompt's question,
     reduced over all workers by the caller; z is that, or 0 where it is below, and a constant.
     """
-    z = widen(kl_estimate).detach().clamp(min=0)
+    z = widen(torch.as_tensor(kl_estimate)).detach().clamp(min=0)
     above = beta * (widen(policy) - widen(reference).detach() - z)
     # 1 - sigmoid(x) is sigmoid(-x), which keeps its digits where it is small.
     desirable = desirable_weight * torch.sigmoid(-above)
-    return torch.where(desirable_mask, desirable, undesirable_weight * torch.sigmoid(above))
+    return torch.where(desirable_mask.bool(), desirable, undesirable_weight * torch.sigmoid(above))
 
 
 def _term(

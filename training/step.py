@@ -57,7 +57,7 @@ def collate_pairs(
 ) -> PairBatch:
     """Rows [prompt | chosen | rejected], or a row for each response without `share_prompts`.
 
-    `with_teacher` adds rows [prompt | chosen] for one that is compared token by token.
+    `with_teacher` adds rows [its prompt | chosen] for one that is compared token by token.
     """
     rows: list[Row] = []
     prompts, chosen, contrasted, rejected = [], [], [], []
@@ -75,7 +75,7 @@ def collate_pairs(
                 rows.append(Row(pair.prompt, [pair.rejected]))
                 spans += 2
             rejected.append(spans - 1)
-    taught = [Row(pair.prompt, [pair.chosen]) for pair in pairs] if with_teacher else []
+    taught = [Row(pair.for_teacher or pair.prompt, [pair.chosen]) for pair in pairs]
     return PairBatch(
         collate(rows, pad_id),
         prompts,
@@ -83,7 +83,7 @@ def collate_pairs(
         contrasted,
         rejected,
         _anchors(pairs),
-        collate(taught, pad_id) if taught else None,
+        collate(taught, pad_id) if with_teacher else None,
     )
 
 

@@ -26,7 +26,7 @@ from training.batches import global_batches
 from training.checkpoints import gather_weights, write_checkpoint
 from training.elastic import MissingWorkers
 from training.engine import use_threads
-from training.examples import Examples
+from training.examples import Examples, made_ahead
 from training.optimizer_state import discard_states, load_state, newest_state, save_state
 from training.schedule import count_steps
 from training.stepping import Stepper, Wishes, Workers
@@ -172,9 +172,8 @@ class Worker:
         left = batches[self.step - (epoch - 1) * self.steps :]
         of = self.steps * self.training.epochs
         with self.log, self._shown(epoch, len(batches) - len(left)) as bar:
-            for indices in left:
+            for batch in made_ahead(examples.batch, left):
                 self.step += 1
-                batch = [examples[index] for index in indices]
                 wishes, figures = self.stepper.take(self.step, of, batch, self._wishes())
                 if self.first:
                     self.log.add(stage="train", epoch=epoch, **figures)

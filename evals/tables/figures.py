@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import sqrt
+from statistics import fmean
 from typing import Any
 
 from upath import UPath
@@ -63,6 +64,7 @@ def measured(cells: Iterable[Cell], arm: str | None, agreement: bool) -> Row:
     where it has several, their mean, and the agreement with the teacher where asked.
     """
     of_column: dict[str, list[tuple[float, int]]] = {}
+    of_seed: dict[int, list[float]] = {}
     cells = list(cells)
     done = [cell for cell in cells if is_done(cell)]
     for cell in done:
@@ -72,13 +74,14 @@ def measured(cells: Iterable[Cell], arm: str | None, agreement: bool) -> Row:
         result = json.loads(file.read_text())
         for column, found in _columns(cell, result).items():
             of_column.setdefault(column, []).append((found["accuracy"], found["n"]))
+            of_seed.setdefault(cell.seed, []).append(100 * found["accuracy"])
         if agreement and arm is not None:
             of_column.setdefault(AGREEMENT, []).append((_agreement(cell, file), result["n"]))
     row = {column: _join(values) for column, values in of_column.items()}
     tasks = [column for column in row if column != AGREEMENT]
     every_task = {cell.task for cell in done} == {cell.task for cell in cells}
     if len(tasks) > 1 and every_task:
-        row[MEAN] = _mean([row[column] for column in tasks])
+        row[MEAN] = _mean([row[column] for column in tasks], of_seed.values())
     return row
 
 
@@ -133,9 +136,15 @@ def _join(values: list[tuple[float, int]]) -> Figure:
     return Figure(shares[0], 100 * proportion_standard_error(round(values[0][0] * n), n), n, 1)
 
 
-def _mean(figures: list[Figure]) -> Figure:
-    """The mean of columns, whose errors are independent."""
-    size = len(figures)
-    error = sqrt(sum(figure.standard_error**2 for figure in figures)) / size
-    mean = sum(figure.mean for figure in figures) / size
-    return Figure(mean, error, sum(f.n for f in figures), min(f.seeds for f in figures))
+def _mean(columns: list[Figure], of_seeds: Iterable[list[float]]) -> Figure:
+    """The mean of columns, with its error over the seeds that have all of them.
+
+    A student that is better on one task is better on the others, so their errors over seeds are not
+    independent. Those of one seed, of proportions on other problems, are.
+    """
+    size, n = len(columns), sum(figure.n for figure in columns)
+    means = [fmean(shares) for shares in of_seeds if len(shares) == size]
+    if len(means) > 1:
+        return Figure(*mean_and_standard_error(means), n, len(means))
+    error = sqrt(sum(figure.standard_error**2 for figure in columns)) / size
+    return Figure(fmean(figure.mean for figure in columns), error, n, 1)

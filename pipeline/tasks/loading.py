@@ -28,15 +28,16 @@ def load_prompts(section: sections.Task, split: Split | Literal["all"], seed: in
     count = _count(section, split)
     what = f"{section.data or task.name} ({split})"
     splits = SPLITS if split == "all" else (split,)
+    makes_its_own = task.generate is not None and section.data is None
+    if section.largest_operand is not None and not (makes_its_own and task.name == "word_problems"):
+        raise BadInputError(
+            f"task.largest_operand={section.largest_operand} is for the problems that "
+            f"word_problems makes itself, and not for {what}: set it to null"
+        )
     if task.generate is not None and section.data is None:
         made = [task.generate(section, part, seed) for part in splits]
         return take(chain.from_iterable(made), count, what)
     found = _load_parts(task, section)
-    if section.largest_operand is not None:
-        raise BadInputError(
-            f"task.largest_operand={section.largest_operand} is for the problems that "
-            f"word_problems makes itself, and {what} is read from data: set it to null"
-        )
     _tell_left_out(task, [found[part] for part in splits if part in found], what)
     whole = {split: part.prompts for split, part in found.items()}
     parts, lost = without_repeats(fill_parts(whole))
