@@ -37,7 +37,7 @@ _NO_UNIT = re.compile(
 # One letter at the digits is a unit or an unknown ("2n", "3a"); apart from them, or with more words
 # after it, it may count thousands ("5 M", "50K people").
 _NO_UNIT_LETTER = re.compile(
-    r"[^\W\d_mgshlLAVWNKCF](?![^\W\d_])|\s*(?:[knMB]|MM|a$|K(?=\s*\w))(?!\w)"
+    r"[^\W\d_mgshlLAVWNCF](?![^\W\d_])|\s*(?:[knMB]|MM|a$|K(?=\s*\w))(?!\w)"
 )
 _MONEY_LETTER = re.compile(r"\s*[^\W\d_aA](?!\w)")  # "$5m", but "$5 a day"
 
