@@ -30,21 +30,23 @@ app.add_typer(jobs.app)
 _SIGINT_EXIT = 130  # what Typer makes of Ctrl-C
 
 Config = Annotated[Path, typer.Argument(help="A recipe, such as configs/quickstart.yaml.")]
-RecipeOrTable = Annotated[Path, typer.Argument(help="A recipe, or a table of configs/tables.")]
+RecipeOrTable = Annotated[Path, typer.Argument(help="A recipe, or a table from configs/tables.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Options to change: section.key=value ...")
 ]
-Arm = Annotated[str | None, typer.Option(help="An arm of the papers, such as mixed_policy_orpo.")]
+Arm = Annotated[str | None, typer.Option(help="An arm from the papers, such as mixed_policy_orpo.")]
 KeyVariable = Annotated[
     str | None,
-    typer.Option(help="Variable with the URL's key: POTSTILL_API_KEY, else OPENAI_API_KEY."),
+    typer.Option(help="Variable with the key; default POTSTILL_API_KEY, else OPENAI_API_KEY."),
 ]
 RunPath = Annotated[str, typer.Argument(help="The folder or URL of a run.")]
 
 
 @app.command()
 def plan(config: RecipeOrTable, overrides: Overrides = None, arm: Arm = None) -> None:
-    """Print what a run or a table would do and cost, and all it would refuse. Starts no model."""
+    """Show what a run or table would do and cost, and everything that would stop it.
+    Loads no model.
+    """
     from evals.runs import tell_plans
     from evals.tables.fit import refuse_misfits
     from evals.tables.plan import describe_table
@@ -65,7 +67,7 @@ def plan(config: RecipeOrTable, overrides: Overrides = None, arm: Arm = None) ->
 
 @app.command()
 def run(config: Config, overrides: Overrides = None, arm: Arm = None) -> None:
-    """Sample, pair, train, resample, serve and evaluate; goes on where an earlier try stopped."""
+    """Sample, pair, train, resample, serve and evaluate. Resumes where it stopped."""
     from evals.runs import open_stages, run_stage
 
     for folder, settings in open_stages(load_recipe(config, overrides, arm)):
@@ -75,7 +77,7 @@ def run(config: Config, overrides: Overrides = None, arm: Arm = None) -> None:
 
 @app.command()
 def sample(config: Config, overrides: Overrides = None, arm: Arm = None) -> None:
-    """Only sample and grade, and draw the pairs of the first epoch (of a recipe's first stage)."""
+    """Only sample, grade and draw the pairs of the first epoch (for a recipe's first stage)."""
     from evals.runs import check_stages, open_stage, sample_stage
 
     stages = load_recipe(config, overrides, arm)
@@ -87,7 +89,7 @@ def sample(config: Config, overrides: Overrides = None, arm: Arm = None) -> None
 
 @app.command()
 def train(config: Config, overrides: Overrides = None, arm: Arm = None) -> None:
-    """Sample, pair, train and resample, without the evaluation."""
+    """Sample, pair, train and resample, without evaluating."""
     from evals.runs import open_stages, train_stage
 
     for folder, settings in open_stages(load_recipe(config, overrides, arm)):
@@ -108,7 +110,7 @@ def _finish(folder: RunFolder, config: RunConfig) -> None:
 
 @app.command()
 def serve(run: RunPath) -> None:
-    """Serve base, teacher and every epoch's student of a run, until Ctrl-C."""
+    """Serve a run's base model, teacher and every epoch's student until Ctrl-C."""
     from serving.stage import serve as serve_models
 
     folder, config = _existing(run)
@@ -122,11 +124,11 @@ def ask(
     model: Annotated[str, typer.Option(help="A model id of the endpoint.")] = "student",
     url: Annotated[str, typer.Option(help="The endpoint.")] = "http://127.0.0.1:8000/v1",
     kind: Annotated[
-        str | None, typer.Option(help="Word it as in training: number, choice, boolean, open.")
+        str | None, typer.Option(help="Word it as in training: number, choice, boolean or open.")
     ] = None,
     api_key_env: KeyVariable = None,
 ) -> None:
-    """Ask a served model a question, and stream its answer."""
+    """Ask a served model a question and stream its answer."""
     from pipeline.rows import parse_kind
     from serving.client import ask as ask_model
 
@@ -137,20 +139,20 @@ def ask(
 def evaluate_one(
     model: Annotated[str, typer.Option(help="A model folder, or an OpenAI-style URL.")],
     task: Annotated[str, typer.Option(help="A task, such as gsm8k.")],
-    data: Annotated[str | None, typer.Option(help="Its data: an id, a file or a folder.")] = None,
+    data: Annotated[str | None, typer.Option(help="Its data: a hub id, file or folder.")] = None,
     verdict: Annotated[
-        str | None, typer.Option(help="Of an open task: task.verdict as YAML, {by: judge, ...}.")
+        str | None, typer.Option(help="For an open task: task.verdict as YAML, {by: judge, ...}.")
     ] = None,
-    model_name: Annotated[str | None, typer.Option(help="The model id to ask a URL for.")] = None,
-    prompts: Annotated[int | None, typer.Option(help="How many prompts; all by default.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 512,
-    chat_template: Annotated[str | None, typer.Option(help="A folder's template.")] = None,
-    answers: Annotated[str | None, typer.Option(help="Write the answers here: path, URL.")] = None,
-    concurrency: Annotated[int, typer.Option(help="Requests under way at once.")] = 32,
-    port: Annotated[int, typer.Option(help="Port on which a folder is served meanwhile.")] = 8000,
+    model_name: Annotated[str | None, typer.Option(help="The model id at the URL.")] = None,
+    prompts: Annotated[int | None, typer.Option(help="How many prompts; default all.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens per answer.")] = 512,
+    chat_template: Annotated[str | None, typer.Option(help="Template for a model folder.")] = None,
+    answers: Annotated[str | None, typer.Option(help="Path or URL to write answers to.")] = None,
+    concurrency: Annotated[int, typer.Option(help="Concurrent requests.")] = 32,
+    port: Annotated[int, typer.Option(help="Port for serving a model folder.")] = 8000,
     api_key_env: KeyVariable = None,
 ) -> None:
-    """Evaluate a model on a task; the last line is one JSON object."""
+    """Evaluate a model on a task. The last line is one JSON object."""
     from evals.single import SingleEvaluation, evaluate_model
 
     hush(cache_folder() / "logs" / "eval.log")
@@ -174,16 +176,16 @@ def evaluate_one(
 @models_app.command("prepare")
 def prepare(
     reference: Annotated[
-        str, typer.Argument(help="Such as smollm2-135m-instruct, a folder, or a Hugging Face id.")
+        str, typer.Argument(help="Such as smollm2-135m-instruct, a folder or a Hugging Face id.")
     ],
     out: Annotated[
-        str | None, typer.Option(help="A new folder, path or URL; in the cache by default.")
+        str | None, typer.Option(help="A new folder, as path or URL; default the cache.")
     ] = None,
 ) -> None:
-    """Make an ordinary Hugging Face folder, once.
+    """Convert or build a model once, as an ordinary Hugging Face folder.
 
-    Of a model that travels as a package, of a miniature, of an InternLM2 that comes with code of
-    its own, or of one with pickled weights, such as Vicuna.
+    For models shipped as Python packages, miniatures, InternLM2 models that come with their own
+    code, and models with pickled weights, such as Vicuna.
     """
     from pipeline.conversion import convert_model
     from pipeline.models import prepare_model
@@ -200,12 +202,12 @@ def prepare(
 def prune(
     model: Annotated[str, typer.Argument(help="A model: folder, URL, id or packaged name.")],
     ratio: Annotated[float, typer.Option(help="Share of all parameters to remove, such as 0.2.")],
-    out: Annotated[str, typer.Option(help="A new folder, or the URL of one.")],
+    out: Annotated[str, typer.Option(help="A new folder, as path or URL.")],
     texts: Annotated[
-        str | None, typer.Option(help="A file with calibration texts of your own, one a line.")
+        str | None, typer.Option(help="A file with your own calibration texts, one per line.")
     ] = None,
 ) -> None:
-    """Remove the least important heads and MLP channels: a student that fits its teacher."""
+    """Remove the least important heads and MLP channels, to make a student from its teacher."""
     from training.pruning import prune_model
 
     hush(cache_folder() / "logs" / "prune.log")
@@ -216,7 +218,9 @@ def prune(
 def table(
     spec: Annotated[Path, typer.Argument(help="A table, such as configs/tables/miniature.yaml.")],
 ) -> None:
-    """Run arms x students x tasks x seeds over one store, and write the table; goes on."""
+    """Run arms x students x tasks x seeds over one store and write the table.
+    Resumes where it stopped.
+    """
     from evals.tables.run import fill_table
     from evals.tables.spec import load_table
 
@@ -227,7 +231,7 @@ def table(
 
 @app.command()
 def report(run: RunPath) -> None:
-    """Write a run's report and model card anew, and print its table."""
+    """Rewrite a run's report and model card, and print its table."""
     from evals.report import write_report
 
     folder, config = _existing(run)
@@ -239,11 +243,11 @@ def report(run: RunPath) -> None:
 def status(
     what: Annotated[
         str | None,
-        typer.Argument(help="A run's folder or URL, or a job's id; without it, all jobs."),
+        typer.Argument(help="A run's folder or URL, or a job's id; default all jobs."),
     ] = None,
     address: jobs.Address = None,
 ) -> None:
-    """Print what a run has done so far; or how a job stands, by its raysubmit_ID or --address."""
+    """Print the progress of a run, or the state of a job (a raysubmit_ID, or with --address)."""
     if what is None or address or is_job_id(what):
         jobs.tell_jobs(what, address)
     else:
@@ -283,7 +287,7 @@ def _count_interruptions() -> list[int]:
 
 
 def main() -> None:
-    """Run the command line: exit 2 for bad input, 75 for an interruption that can go on."""
+    """Run the command line: exit 2 for bad input, 75 for an interruption that can be resumed."""
     interruptions = _count_interruptions()
     try:
         app()

@@ -29,27 +29,27 @@ app = typer.Typer()
 Address = Annotated[
     str | None,
     typer.Option(
-        help="The URL of the cluster's dashboard; by default that of RAY_API_SERVER_ADDRESS or "
-        "RAY_ADDRESS, else http://127.0.0.1:8265."
+        help="URL of the cluster's dashboard; default RAY_API_SERVER_ADDRESS or RAY_ADDRESS, "
+        "else http://127.0.0.1:8265."
     ),
 ]
-JobId = Annotated[str, typer.Argument(help="A job's id, as `potstill submit` prints it.")]
+JobId = Annotated[str, typer.Argument(help="A job id, as printed by `potstill submit`.")]
 _STOP_LIMIT_S = STOP_GRACE_S + 60.0
 
 
 @app.command()
 def submit(
-    config: Annotated[Path, typer.Argument(help="A recipe below the working folder.")],
+    config: Annotated[Path, typer.Argument(help="A recipe inside the working folder.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Options to change: section.key=value ...")
     ] = None,
-    arm: Annotated[str | None, typer.Option(help="An arm of the papers.")] = None,
+    arm: Annotated[str | None, typer.Option(help="An arm from the papers.")] = None,
     address: Address = None,
     wait: Annotated[
-        bool, typer.Option("--wait", help="Show its log until it ends, and end as it does.")
+        bool, typer.Option("--wait", help="Follow the log and exit with the job's exit code.")
     ] = False,
 ) -> None:
-    """Run a recipe as a job of a Ray cluster, in a copy of the working folder."""
+    """Run a recipe as a job on a Ray cluster, in a copy of the working folder."""
     url = _address(address)
     job = plan_job(config, overrides or [], arm, Path.cwd())
     client = connect(url)
@@ -67,10 +67,10 @@ def logs(
     job: JobId,
     address: Address = None,
     follow: Annotated[
-        bool, typer.Option("--follow", help="Until the job ends; then end as it does.")
+        bool, typer.Option("--follow", help="Keep printing until the job ends; exit with its code.")
     ] = False,
 ) -> None:
-    """Print what a job has printed so far."""
+    """Print the log of a job so far."""
     client = connect(_address(address))
     find_job(client, job)
     if follow:
@@ -82,7 +82,7 @@ def logs(
 
 @app.command()
 def stop(job: JobId, address: Address = None) -> None:
-    """End a job; submitted again, its run goes on from where it was."""
+    """Stop a job. Submit it again to resume the run."""
     client = connect(_address(address))
     details = find_job(client, job)
     if not details.status.is_terminal():
@@ -95,7 +95,7 @@ def stop(job: JobId, address: Address = None) -> None:
 
 
 def tell_jobs(job: str | None, address: str | None) -> None:
-    """Print what a cluster says of a job, or a line on each of its jobs."""
+    """Print the state of a job, or one line per job of the cluster."""
     client = connect(_address(address))
     if job is not None:
         lines = describe_job(find_job(client, job))
