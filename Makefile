@@ -8,7 +8,7 @@ export PYTHON
 help:
 	@echo "make quickstart    install, then distil a small model on this machine (CPU)"
 	@echo "make cross-family  the same into a model of another family (Gemma licence)"
-	@echo "make miniature     every arm of both papers on tiny models, three seeds (an hour and a half)"
+	@echo "make miniature     the arms of both papers on tiny models, three seeds (an hour and a half)"
 	@echo "make test          the tests that need no GPU: units, then integration"
 	@echo "make faults        break things, one after the other, and look what is lost (an hour)"
 	@echo "make autoscaler    let engines and nodes come and go as there is work (12 minutes)"
