@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,11 +19,28 @@ from cluster.run_folder import RunFolder
 from cluster.storage import cache_folder, location, read_json
 
 app = typer.Typer(
-    help="Distil large language models into small ones on a Ray cluster.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        say(f"potstill {version('potstill')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_tell_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Distil large language models into small ones on a Ray cluster."""
+
+
 models_app = typer.Typer(help="Prepare and prune models.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
 app.add_typer(jobs.app)
@@ -61,7 +79,7 @@ def plan(config: RecipeOrTable, overrides: Overrides = None, arm: Arm = None) ->
         console().print(describe_table(spec, cells))
         refuse_misfits(cells)
         return
-    hush(cache_folder() / "logs" / "plan.log")
+    _hush("plan")
     tell_plans(load_recipe(config, overrides, arm))
 
 
@@ -70,7 +88,9 @@ def run(config: Config, overrides: Overrides = None, arm: Arm = None) -> None:
     """Sample, pair, train, resample, serve and evaluate. Resumes where it stopped."""
     from evals.runs import open_stages, run_stage
 
-    for folder, settings in open_stages(load_recipe(config, overrides, arm)):
+    stages = load_recipe(config, overrides, arm)
+    _hush("plan")  # until the run has a log
+    for folder, settings in open_stages(stages):
         run_stage(folder, settings)
         _finish(folder, settings)
 
@@ -81,6 +101,7 @@ def sample(config: Config, overrides: Overrides = None, arm: Arm = None) -> None
     from evals.runs import check_stages, open_stage, sample_stage
 
     stages = load_recipe(config, overrides, arm)
+    _hush("plan")
     check_stages(stages)
     with open_stage(stages[0]) as folder:
         sample_stage(folder, stages[0])
@@ -92,7 +113,9 @@ def train(config: Config, overrides: Overrides = None, arm: Arm = None) -> None:
     """Sample, pair, train and resample, without evaluating."""
     from evals.runs import open_stages, train_stage
 
-    for folder, settings in open_stages(load_recipe(config, overrides, arm)):
+    stages = load_recipe(config, overrides, arm)
+    _hush("plan")
+    for folder, settings in open_stages(stages):
         train_stage(folder, settings)
         say(f"students: {folder.root / 'checkpoints'}")
 
@@ -155,7 +178,7 @@ def evaluate_one(
     """Evaluate a model on a task. The last line is one JSON object."""
     from evals.single import SingleEvaluation, evaluate_model
 
-    hush(cache_folder() / "logs" / "eval.log")
+    _hush("eval")
     wanted = SingleEvaluation(
         model=model,
         task=task,
@@ -192,7 +215,7 @@ def prepare(
     from pipeline.packaged import PACKAGED_MODELS
     from training.miniature import MINIATURES, prepare_miniature
 
-    hush(cache_folder() / "logs" / "prepare.log")
+    _hush("prepare")
     packaged = prepare_model if reference in PACKAGED_MODELS else convert_model
     make = prepare_miniature if reference in MINIATURES else packaged
     say(f"{reference}: {make(reference, out)}")
@@ -210,7 +233,7 @@ def prune(
     """Remove the least important heads and MLP channels, to make a student from its teacher."""
     from training.pruning import prune_model
 
-    hush(cache_folder() / "logs" / "prune.log")
+    _hush("prune")
     prune_model(model, ratio, out, texts)
 
 
@@ -224,7 +247,9 @@ def table(
     from evals.tables.run import fill_table
     from evals.tables.spec import load_table
 
-    written = fill_table(*load_table(spec))
+    loaded = load_table(spec)
+    _hush("plan")
+    written = fill_table(*loaded)
     console().print(written.read_text(), markup=False)
     say(f"table: {written}; as a page and as CSV beside it")
 
@@ -265,6 +290,10 @@ def _tell_run(run: str) -> None:
         console().print(results_table(folder, config))
     else:
         say(f"last record: {folder.last_record()}")
+
+
+def _hush(command: str) -> None:
+    hush(cache_folder() / "logs" / f"{command}.log")
 
 
 def _existing(run: str) -> tuple[RunFolder, RunConfig]:

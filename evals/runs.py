@@ -62,8 +62,6 @@ def _refuse(plans: Iterable[Any], with_unseen: bool = True) -> None:
 def open_stages(configs: Sequence[RunConfig]) -> Iterator[tuple[RunFolder, RunConfig]]:
     """The stages, each open for one round of the loop over them, after a look at all of them."""
     check_stages(configs)
-    prove_writable("run.folder", location(configs[0].run.folder))
-    prove_writable("run.store", location(configs[0].run.store))
     for config in configs:
         with open_stage(config) as folder:
             yield folder, config
@@ -76,6 +74,8 @@ def open_stage(config: RunConfig) -> Iterator[RunFolder]:
     Raises BadInputError where another process works in it.
     """
     goes_on = check_recipe(config).config_file.exists()
+    prove_writable("run.folder", location(config.run.folder))
+    prove_writable("run.store", location(config.run.store))
     with locked(location(config.run.folder)):
         folder = open_run(config)
         hush(folder.log_file)

@@ -3,7 +3,8 @@
 Imported only where an endpoint starts: ray.serve.llm pulls vLLM in.
 """
 
-from collections.abc import AsyncIterable, AsyncIterator, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,12 +13,14 @@ from fastapi import FastAPI, Request
 from ray.llm._internal.serve.core.configs.openai_api_models import (
     ChatCompletionRequest,
     CompletionRequest,
+    OpenAIHTTPException,
 )
 from ray.llm._internal.serve.core.ingress.middleware import (
     SetRequestIdMiddleware,
     add_exception_handling_middleware,
 )
 from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
+from starlette.exceptions import HTTPException
 from starlette.responses import Response, StreamingResponse
 
 from serving.errors import answer_errors_as_openai
@@ -49,25 +52,43 @@ class Ingress(OpenAiIngress):
     async def chat(self, body: ChatCompletionRequest, request: Request) -> Response:
         """Answer a conversation."""
         refuse_many_answers(body.n)
-        route = self._routes.get(body.model or "")
-        if route is None:
-            return await super().chat(body, request)  # which answers 404, or 400 without an id
+        route = self._route(body.model)
         messages: list[Any] = body.messages
         body.messages = with_few_shot(messages, route.few_shot)
         body.stop = stop_strings(body.stop, route)
         body.stop_token_ids = stop_ids(body.stop_token_ids, route)
         asked, body.model = body.model, route.engine
-        return _rename(await super().chat(body, request), route.engine, asked)
+        with _refusals():
+            answer = await super().chat(body, request)
+        return _rename(answer, route.engine, asked)
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
         """Continue a raw text; a chat's worked examples have no place in it."""
         refuse_many_answers(body.n, body.prompt)
-        route = self._routes.get(body.model or "")
-        if route is None:
-            return await super().completions(body, request)
+        route = self._route(body.model)
         body.stop = stop_strings(body.stop, route)
         asked, body.model = body.model, route.engine
-        return _rename(await super().completions(body, request), route.engine, asked)
+        with _refusals():
+            answer = await super().completions(body, request)
+        return _rename(answer, route.engine, asked)
+
+    def _route(self, model: str | None) -> Route:
+        """Raise HTTPException where no such model is served: 404, or 400 without an id."""
+        route = self._routes.get(model or "")
+        if route is None:
+            what = f"no model {model!r} is served" if model else "the request names no model"
+            expected = ", ".join(self._routes)
+            raise HTTPException(404 if model else 400, f"{what}: expected one of {expected}")
+        return route
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What an engine refuses, in its words alone; ray.serve.llm tells its own classes beside."""
+    try:
+        yield
+    except OpenAIHTTPException as error:
+        raise HTTPException(error.status_code, error.message) from None
 
 
 def _rename(response: Response, engine: str, asked: str | None) -> Response:
