@@ -20,6 +20,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TaskID,
     TaskProgressColumn,
     TextColumn,
@@ -97,7 +98,7 @@ class Bar:
 
     def advance(self, count: int = 1, **figures: float) -> None:
         """Count work done; figures such as loss=1.48 are shown beside the bar."""
-        self.reach(int(self._bars.tasks[self._task].completed) + count, **figures)
+        self.reach(int(self._shown().completed) + count, **figures)
 
     def reach(self, done: int, **figures: float) -> None:
         """Set the count of work done."""
@@ -108,8 +109,16 @@ class Bar:
         if not self._bars.live.is_started:
             self._plain_line()
 
+    def stand(self) -> None:
+        """Leave a bar that is done on the screen as a line, above those that still move."""
+        self._bars.console.print(self._bars.make_tasks_table([self._shown()]))
+        self._bars.remove_task(self._task)
+
+    def _shown(self) -> Task:
+        return next(task for task in self._bars.tasks if task.id == self._task)
+
     def _plain_line(self) -> None:
-        task = self._bars.tasks[self._task]
+        task = self._shown()
         finished = task.completed >= (task.total or 0)
         if not finished and time.monotonic() - self._last_line < _PLAIN_INTERVAL_S:
             return
@@ -257,6 +266,8 @@ def _watch(board: Any, stop: threading.Event) -> None:
             if text not in shown:
                 shown[text] = Bar(text, total, bars)
             shown[text].reach(done, **figures)
+            if live and done >= total:
+                shown.pop(text).stand()
         if last:
             break
     if live:

@@ -9,9 +9,10 @@ import sys
 
 import pytest
 from rich.console import Console
+from rich.progress import Progress
 
 from cluster import progress as module
-from cluster.progress import Board, progress, say
+from cluster.progress import Bar, Board, _bars, progress, say
 
 
 @pytest.fixture
@@ -44,6 +45,18 @@ def test_no_number_is_cut_on_a_terminal_of_80_columns(monkeypatch):
         bar.reach(1200, loss=1.8225, margin=0.40651)
     assert re.search("loss 1.82.*1200/1200 100% 0:00:00 eta 0:00:00", stream.getvalue())
     assert "…" not in stream.getvalue()
+
+
+def test_a_bar_that_is_done_becomes_a_line_above_the_others():
+    stream = io.StringIO()
+    terminal = Console(file=stream, width=80, force_terminal=True, color_system=None)
+    bars = Progress(*_bars().columns, console=terminal, auto_refresh=False)
+    done, other = Bar("sampling", 2, bars), Bar("epoch 1/2", 9, bars)
+    done.reach(2)
+    done.stand()
+    other.reach(3)
+    assert re.search("sampling .*2/2", stream.getvalue())
+    assert [task.completed for task in bars.tasks] == [3]
 
 
 def test_text_is_never_markup(screen):
