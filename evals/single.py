@@ -18,6 +18,7 @@ from cluster.sections import Serving
 from cluster.session import ray_session, starts_own_cluster
 from cluster.shapes import read_shape
 from cluster.teachers import is_base_url
+from cluster.validation import NOT_YAML
 from evals.accuracy import Answer, answers_table
 from evals.stage import measure
 from pipeline.models import resolve_model
@@ -166,5 +167,5 @@ def _config(wanted: SingleEvaluation) -> RunConfig:
 def _parse_verdict(text: str | None) -> Any:
     try:
         return None if text is None else yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except NOT_YAML as error:
         raise BadInputError(f"--verdict {text!r} is no YAML: {error}") from None

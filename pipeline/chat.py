@@ -75,8 +75,6 @@ class Chat:
         return self.end_of_turn_id if pad is None else pad
 
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        from jinja2 import TemplateError
-
         try:
             return self.tokenizer.apply_chat_template(
                 messages,
@@ -84,7 +82,7 @@ class Chat:
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
             )
-        except (TemplateError, TypeError) as error:
+        except Exception as error:  # noqa: BLE001  # a template is a program
             raise BadInputError(
                 f"the chat template of {self.tokenizer.name_or_path} cannot be rendered ({error}): "
                 "correct it, or set chat_template in the model's section to one that can"
@@ -129,7 +127,7 @@ def _load_tokenizer(model_folder: Path, trust_remote_code: bool) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(model_folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, LookupError, TypeError, AttributeError) as error:
+    except Exception as error:  # noqa: BLE001  # the tokenizers package raises no other
         if "trust_remote_code" in str(error):
             raise remote_code_error(f"the tokenizer of {model_folder}") from None
         raise BadInputError(

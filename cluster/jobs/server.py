@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from cluster.credentials import refuse_credentials
 from cluster.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, BadInputError, RunError
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -33,6 +34,7 @@ def resolve_address(given: str | None) -> str:
     source, address = next(
         ((name, value) for name, value in sources if value), ("", DEFAULT_ADDRESS)
     )
+    refuse_credentials(source, address)
     if not address.startswith(("http://", "https://")):
         raise BadInputError(
             f"{source}={address} is no address of a job server: expected the URL of Ray's "

@@ -13,7 +13,7 @@ from cluster.config import RunConfig
 from cluster.errors import BadInputError
 from cluster.recipes import load_recipe, student_of
 from cluster.sections import Section
-from cluster.validation import described
+from cluster.validation import NOT_YAML, described
 
 Options = dict[str, Any]  # dotted option -> value, over the recipe
 ZERO_SHOT = "zero_shot_cot"
@@ -77,7 +77,7 @@ def is_table(path: Path) -> bool:
     """Whether a file is a table and not a recipe."""
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except NOT_YAML:
         return False
     return isinstance(raw, dict) and "blocks" in raw
 
@@ -89,10 +89,10 @@ def load_table(path: Path) -> tuple[TableSpec, list[Cell]]:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
         spec = TableSpec.model_validate(raw)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
         raise BadInputError(f"{path} is no table: {described(error, TableSpec)}") from None
+    except NOT_YAML as error:
+        raise BadInputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     cells = list(_cells(spec, path.parent))
     if spec.agreement and not all(cell.stages[-1].evaluation.teacher for cell in cells):
         raise BadInputError(

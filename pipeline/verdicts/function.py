@@ -85,7 +85,7 @@ def _load_module(source: str, place: str) -> ModuleType:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
-    except Exception as error:  # whatever the user's module does when it is imported
+    except (Exception, SystemExit) as error:  # whatever the user's module does on its import
         raise BadInputError(
             f"task.verdict.function={place!r}: {source} cannot be imported "
             f"({type(error).__name__}: {error}); mend it, or install what it needs"
