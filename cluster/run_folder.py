@@ -216,6 +216,7 @@ def check_recipe(config: RunConfig) -> RunFolder:
     storage.check_writable("run.folder", folder.root)
     storage.check_writable("run.store", storage.location(config.run.store))
     if not folder.config_file.exists():
+        _refuse_others(folder.root)
         return folder
     before, after = recipe_of(folder.load_config()), recipe_of(config)
     differences = [
@@ -229,6 +230,16 @@ def check_recipe(config: RunConfig) -> RunFolder:
             "run.folder to a new folder (the store is reused), or undo the change"
         )
     return folder
+
+
+def _refuse_others(root: UPath) -> None:
+    """Refuse a folder without a run that holds what a run would write over, or a model."""
+    theirs = ("README.md", "config.json", ".git")
+    if found := [name for name in theirs if storage.is_local(root) and (root / name).exists()]:
+        raise BadInputError(
+            f"run.folder={root} holds {found[0]} and no run: give a folder that is new or empty, "
+            "so that nothing in this one is written over"
+        )
 
 
 def describe_environment() -> dict[str, Any]:

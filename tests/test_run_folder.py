@@ -133,3 +133,11 @@ def test_a_damaged_environment_costs_only_what_it_told(damaged, tmp_path):
     open_run(config(tmp_path / "run"))
     assert json.loads(place.read_text())["earlier"] == []
     assert len(list(place.parent.glob("environment.json.damaged-*"))) == 1
+
+
+@pytest.mark.parametrize("theirs", ["README.md", "config.json"])
+def test_a_folder_of_something_else_is_left_alone(tmp_path, theirs):
+    (tmp_path / theirs).write_text("{}")
+    with pytest.raises(BadInputError, match="and no run: give a folder that is new or empty"):
+        open_run(config(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == [theirs]
