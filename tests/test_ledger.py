@@ -35,3 +35,18 @@ def test_a_line_that_was_cut_short_hides_no_other(tmp_path):
     (tmp_path / "ledger" / "00000001").write_text("")
     ledger.add("four")
     assert ledger.read() == ["one", "", "three", "four"]
+
+
+def test_a_line_takes_as_many_requests_however_many_there_are(tmp_path, monkeypatch):
+    asked = []
+    is_taken = Ledger._is_taken
+    monkeypatch.setattr(
+        Ledger, "_is_taken", lambda ledger, number: asked.append(number) or is_taken(ledger, number)
+    )
+    ledger, counts = Ledger(location(str(tmp_path / "ledger"))), []
+    for number in range(100):
+        asked.clear()
+        ledger.add(str(number))
+        counts.append(len(asked))
+    assert set(counts[1:]) == {2}, "the last one, and the one after it"
+    assert ledger.read() == [str(number) for number in range(100)]

@@ -34,7 +34,8 @@ def load_prompts(section: sections.Task, split: Split | Literal["all"], seed: in
             f"task.largest_operand={section.largest_operand} is for the problems that "
             f"word_problems makes itself, and not for {what}: set it to null"
         )
-    if task.generate is not None and section.data is None:
+    if makes_its_own:
+        assert task.generate is not None
         made = [task.generate(section, part, seed) for part in splits]
         return take(chain.from_iterable(made), count, what)
     found = _load_parts(task, section)
